@@ -1,0 +1,1 @@
+"""Medusa heads on Ray: self-distil, train, serve and measure them."""

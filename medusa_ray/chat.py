@@ -1,0 +1,101 @@
+"""Messages -> token ids, and token ids -> text. Every stage renders chats through here and nowhere else.
+
+Training and serving drift apart silently when two places render: a second BOS or a lost end-of-turn token still
+trains, and only acceptance drops.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+class Chat:
+    """The chat template and tokenizer of one base model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = frozenset(eos_ids) or frozenset(filter(None, [tokenizer.eos_token_id]))
+
+    @classmethod
+    def load(cls, base: str, revision: str | None = None) -> "Chat":
+        """From a folder or hub name. Raises OSError when there is no tokenizer."""
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        try:
+            eos = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
+        except OSError:
+            eos = None
+        eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+        return cls(tokenizer, [*eos_ids, *filter(None, [tokenizer.eos_token_id])])
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the messages with the generation prompt, ready for the model to answer.
+
+        The template itself writes BOS, so none is added. Raises ValueError when the base has no template or the
+        template refuses the messages.
+        """
+        return self._render(messages, add_generation_prompt=True)
+
+    def reply_ids(self, messages: Sequence[Message], reply: str) -> list[int]:
+        """Ids of `reply` as the answer to the messages, its end-of-turn token included.
+
+        Whatever the template puts after that token (a newline, say) is left off: the model never generates it.
+        Raises ValueError when the template renders the history differently once it is answered.
+        """
+        prompt = self.prompt_ids(messages)
+        turn = {"role": "assistant", "content": reply}
+        whole = self._render([*messages, turn], add_generation_prompt=False)
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                "the chat template renders these messages differently with and without an answer, so the answer's "
+                "tokens cannot be told apart. Use distill.replies: generate, which keeps token ids as generated."
+            )
+        ids = whole[len(prompt) :]
+        ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
+        return ids[: ends[-1] + 1] if ends else ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of bare text, with the special tokens that the tokenizer adds by itself."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of a reply, special tokens left out."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self) -> "Detokenizer":
+        return Detokenizer(self.tokenizer)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+            )
+        except Exception as error:  # templates raise jinja2 errors of their own choosing
+            raise ValueError(f"the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}") from error
+        return list(rendered)
+
+
+class Detokenizer:
+    """Token ids of one reply, as they come -> text. A character split over tokens waits for its last byte."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._shown = ""
+        self._ids: list[int] = []
+        self._tokenizer = tokenizer
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete, often empty."""
+        self._ids += token_ids
+        text = "".join(self._stream.step(self._backend, token) or "" for token in token_ids)
+        self._shown += text
+        return text
+
+    def finish(self) -> str:
+        """What is still held back when the reply ends inside a character."""
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return whole[len(self._shown) :] if whole.startswith(self._shown) else ""

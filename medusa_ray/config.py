@@ -1,0 +1,423 @@
+"""YAML files -> typed configs: the contract between a user's file and every stage.
+
+Strict: a key that does not exist is refused and the nearest right one is named. Nothing here touches the
+disk beyond the YAML itself, an environment variable, torch or ray, so `medusa-ray validate` answers at once.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one message with what came, what was expected and what to do."""
+
+
+class Strict(BaseModel):
+    """The base of every config: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------------------------------- one run
+
+
+class ModelConfig(Strict):
+    """The base model, which is never changed."""
+
+    base: str = Field(description="Folder or hub name of a transformers causal language model.")
+    revision: str | None = Field(None, description="Hub revision of the base; null is its default branch.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype of the base.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+
+
+class DataConfig(Strict):
+    """Where chats come from. Each split is a URI: a file, a folder, `s3://`, `hf://`, anything fsspec opens."""
+
+    train: str = Field(description="Training chats; a folder means its train.* file.")
+    test: str | None = Field(None, description="Held-out chats; null takes the folder's test.* or splits train.")
+    out_of_domain: str | None = Field(None, description="Chats unlike the training ones, for contrast only.")
+    num_train: int | None = Field(None, gt=0, description="Rows kept of train; null keeps all.")
+    num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
+    turns: Literal["last", "all"] = Field("last", description="Which assistant turns become prompts.")
+    max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are kept as rows with an error.")
+
+
+class DistillConfig(Strict):
+    """Self-distillation: what the base itself answers to the training prompts."""
+
+    replies: Literal["generate", "given"] = Field(
+        "generate", description="generate: the base's own replies; given: the chats' replies as they are."
+    )
+    num_actors: int = Field(1, gt=0, description="Engine actors of Ray Data.")
+    batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
+    max_new_tokens: int = Field(512, gt=0, description="Longest reply, in tokens.")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution.")
+    seed: int = Field(0, ge=0, description="Each row draws from this seed and its own id.")
+
+
+class HiddenConfig(Strict):
+    """Hidden states of the frozen base, where a label needs them."""
+
+    mode: Literal["capture", "compute"] = Field(
+        "capture", description="capture: while distilling; compute: in a pass of their own."
+    )
+    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing.")
+    batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass when computing.")
+
+
+class HeadsConfig(Strict):
+    """The shape of the Medusa heads."""
+
+    num_heads: int = Field(3, gt=0, le=16, description="Head k guesses the token k + 2 places ahead (k from 0).")
+    num_layers: int = Field(1, gt=0, le=8, description="Residual blocks in each head.")
+    layout: Literal["own", "shared"] = Field(
+        "own", description="own: an output layer per head, copied from the base; shared: the base's own."
+    )
+
+
+class TrainConfig(Strict):
+    """Training of the heads by Ray Train workers, each with a DeepSpeed engine."""
+
+    num_workers: int = Field(1, gt=0, description="Data-parallel workers.")
+    epochs: int = Field(5, gt=0, description="Passes over the hidden states.")
+    batch_size: int = Field(512, gt=0, description="Positions in one worker's micro-batch.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate, after warm-up.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    head_weight: float = Field(1.0, gt=0, le=1, description="Head k's loss counts head_weight ** k.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the heads.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of the heads while training.")
+    seed: int = Field(0, ge=0, description="Order of the rows and initial weights.")
+    logging_steps: int = Field(10, gt=0, description="Optimizer steps between logged lines.")
+    save_steps: int = Field(500, gt=0, description="Optimizer steps between checkpoints; each epoch's end has one.")
+    max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
+
+
+class EvaluateConfig(Strict):
+    """Held-out measurements of the heads, and the calibration of the tree."""
+
+    tree_nodes: int = Field(8, gt=0, le=64, description="Nodes of the calibrated tree, its root not counted.")
+    calibration_share: float = Field(
+        0.4, gt=0, lt=1, description="Share of the held-out prompts that shapes the tree; the others score it."
+    )
+    num_parity: int = Field(200, gt=0, description="Prompts decoded by Medusa, baseline and transformers.")
+    num_speed: int = Field(40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it.")
+    max_new_tokens: int = Field(128, gt=0, description="Longest reply while evaluating, in tokens.")
+
+
+class RunConfig(Strict):
+    """One run: from chats to evaluated heads."""
+
+    version: Literal[1] = Field(1, description="Version of this schema.")
+    output: str = Field(description="Folder or URI that takes every artifact of the run.")
+    model: ModelConfig
+    data: DataConfig
+    distill: DistillConfig = DistillConfig()
+    hidden: HiddenConfig = HiddenConfig()
+    heads: HeadsConfig = HeadsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _given_replies_need_a_pass_of_the_base(self) -> "RunConfig":
+        if self.distill.replies == "given" and self.hidden.mode == "capture":
+            raise ValueError(
+                "hidden.mode is 'capture', but distill.replies is 'given': nothing is generated, so nothing "
+                "can be captured. Set hidden.mode to 'compute'."
+            )
+        return self
+
+    def artifact(self, name: str) -> str:
+        """URI of one artifact folder: prompts, distilled, hidden, heads, evaluation, bench or report."""
+        return f"{self.output.rstrip('/')}/{name}"
+
+
+# --------------------------------------------------------------------------------------------------- serving
+
+
+class EngineConfig(Strict):
+    """`args` of an application: one engine and the protocol in front of it."""
+
+    model_id: str = Field(description="Name that requests give in `model`.")
+    aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
+    base: str = Field(description="Folder or hub name of the base model.")
+    heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
+    tree: Literal["chain", "file"] | list[list[int]] = Field(
+        "file", description="file: tree.json beside the heads (a chain when there is none); or rank paths."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
+    max_total_tokens: int = Field(2048, gt=0, description="Longest prompt plus reply, in tokens.")
+    max_queued_requests: int = Field(256, ge=0, description="Requests that may wait; one more is answered 429.")
+    threads: int | None = Field(None, gt=0, description="torch threads on a CPU; null leaves torch's own choice.")
+
+
+class HttpOptions(Strict):
+    host: str = Field("127.0.0.1", description="Ray's own default is every interface; ours is loopback.")
+    port: int = Field(8000, ge=0, le=65535)
+    root_path: str = ""
+    request_timeout_s: float | None = Field(600, gt=0)
+    keep_alive_timeout_s: int = Field(5, gt=0)
+
+
+class AutoscalingConfig(Strict):
+    min_replicas: int = Field(1, ge=0)
+    initial_replicas: int | None = Field(None, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(2, gt=0)
+    metrics_interval_s: float = Field(10, gt=0)
+    look_back_period_s: float = Field(30, gt=0)
+    upscale_delay_s: float = Field(30, ge=0)
+    downscale_delay_s: float = Field(600, ge=0)
+    upscaling_factor: float | None = Field(None, gt=0)
+    downscaling_factor: float | None = Field(None, gt=0)
+
+
+class DeploymentConfig(Strict):
+    name: str
+    num_replicas: int | Literal["auto"] | None = None
+    autoscaling_config: AutoscalingConfig | None = None
+    max_ongoing_requests: int | None = Field(None, gt=0)
+    max_queued_requests: int | None = Field(None, ge=-1)
+    ray_actor_options: dict[str, Any] | None = None
+    user_config: dict[str, Any] | None = None
+    health_check_period_s: float | None = Field(None, gt=0)
+    health_check_timeout_s: float | None = Field(None, gt=0)
+    graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
+    graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
+
+
+class ApplicationConfig(Strict):
+    name: str
+    route_prefix: str = "/"
+    import_path: Literal["medusa_ray.serve:build_app"] = "medusa_ray.serve:build_app"
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    args: EngineConfig
+    deployments: list[DeploymentConfig] = Field(default_factory=list)
+
+
+class ServeConfig(Strict):
+    """A file that `serve deploy` takes as it is. Ray Serve ignores a misspelt key; this schema names it."""
+
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "HeadOnly"
+    http_options: HttpOptions = HttpOptions()
+    logging_config: dict[str, Any] = Field(default_factory=dict)
+    applications: list[ApplicationConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_and_routes_differ(self) -> "ServeConfig":
+        for what in ("name", "route_prefix"):
+            values = [getattr(app, what) for app in self.applications]
+            twice = {v for v in values if values.count(v) > 1}
+            if twice:
+                raise ValueError(f"two applications share the {what} {sorted(twice)[0]!r}; give each its own.")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------- traffic
+
+
+class TargetConfig(Strict):
+    """One arm of a benchmark: any OpenAI server."""
+
+    url: str = Field(description="Base URL without /v1, for example http://127.0.0.1:8000/medusa.")
+    model: str = Field(description="What requests send as `model`.")
+
+
+class TrafficConfig(Strict):
+    """The same prompts, in the same order, to each target in turn."""
+
+    version: Literal[1] = 1
+    output: str = Field(description="Folder that takes requests.parquet and GuideLLM's own files.")
+    prompts: str = Field(description="A prompts split written by `medusa-ray data`, or JSONL of chats.")
+    tokenizer: str = Field(description="Folder or hub name of the tokenizer that counts tokens.")
+    targets: dict[str, TargetConfig] = Field(min_length=1, description="Arms by name, e.g. baseline and medusa.")
+    loads: list[str] = Field(
+        default=["synchronous", "concurrency=1", "concurrency=4", "concurrency=16", "throughput"],
+        description="synchronous, throughput, or concurrency=N.",
+    )
+    num_requests: int = Field(64, gt=0, description="Requests of each arm at each load in each round.")
+    num_warmup: int = Field(8, ge=0, description="Requests sent first and left out of every figure.")
+    rounds: int = Field(2, gt=0, description="Times that every arm is measured, interleaved.")
+    max_seconds: float = Field(60, gt=0, description="Longest time of one arm at one load in one round.")
+    max_tokens: int = Field(128, gt=0, description="Longest reply, in tokens.")
+    temperature: float = Field(0.0, ge=0, le=2, description="Sent with every request.")
+    max_concurrency: int = Field(32, gt=0, description="Requests in flight under `throughput`.")
+
+    @model_validator(mode="after")
+    def _loads_are_known(self) -> "TrafficConfig":
+        for load in self.loads:
+            kind, _, number = load.partition("=")
+            known = load in ("synchronous", "throughput") or (kind == "concurrency" and number.isdecimal())
+            if not known or number == "0":
+                raise ValueError(
+                    f"loads has {load!r}; expected 'synchronous', 'throughput' or 'concurrency=N' with N of at least 1."
+                )
+        return self
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+Config = TypeVar("Config", bound=Strict)
+
+# Flags of the original training script, which users will bring along.
+LEGACY_FLAGS = {
+    "model_name_or_path": "model.base",
+    "data_path": "data.train",
+    "output_dir": "output",
+    "bf16": "train.dtype",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "model_max_length": "data.max_prompt_tokens",
+    "save_strategy": "train.save_steps",
+    "medusa_num_heads": "heads.num_heads",
+    "medusa_num_layers": "heads.num_layers",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that gives one key twice, where YAML itself would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {sorted(twice)[0]!r} stands here twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read(uri: str | Path) -> dict[str, Any]:
+    """The plain values of one YAML file. Raises UserError when it cannot be read or holds no mapping."""
+    try:
+        with fsspec.open(str(uri), "r", encoding="utf-8") as file:
+            raw = yaml.load(file, _Loader)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{uri} cannot be read: {error}. Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{uri} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{uri} holds {type(raw).__name__}, but a mapping of keys to values was expected.")
+    return raw
+
+
+def load(kind: type[Config], uri: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads one YAML file and applies `a.b=value` overrides to it.
+
+    Raises UserError with every problem of the file at once, each naming its dotted key.
+    """
+    raw = read(uri)
+    for override in overrides:
+        _apply(raw, override)
+    return parse(kind, raw, str(uri))
+
+
+def kind_of(raw: dict[str, Any]) -> type[Strict]:
+    """Whether these values mean to be a run, a serve file or traffic: the schema that knows most of their keys."""
+    kinds: list[type[Strict]] = [RunConfig, ServeConfig, TrafficConfig]
+    return max(kinds, key=lambda kind: sum(bool(_close(str(key), kind.model_fields)) for key in raw))
+
+
+def parse(kind: type[Config], raw: dict[str, Any], where: str) -> Config:
+    """A checked config from plain values; `where` opens the message of the UserError that it raises."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
+        raise UserError(f"{where}:\n{problems}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("-").split(".")[-1]
+    if name in LEGACY_FLAGS:
+        raise UserError(f"{key} is a flag of the original script; here it is {LEGACY_FLAGS[name]}=VALUE.")
+    if not equals:
+        raise UserError(f"{override!r} is not an override; expected section.key=value, e.g. train.epochs=2.")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{key} cannot be set: {section} holds a value, not a section.")
+    try:
+        raw[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {override!r} is not YAML: {error}") from error
+
+
+def _explain(kind: type[Strict], problem: Any) -> str:
+    """One line for one problem that pydantic found: the dotted key, what came, what to do."""
+    path, section = _locate(kind, problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        name = str(problem["loc"][-1])
+        if name in LEGACY_FLAGS:
+            return f"{path} is a flag of the original script; here it is {LEGACY_FLAGS[name]}."
+        right = _nearest(kind, section, path)
+        return f"{path} is not a key" + (f"; did you mean {right}?" if right else ".")
+    if problem["type"] == "missing":
+        return f"{path} is missing; it has no default."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{path} is {problem['input']!r}: {problem['msg']}."
+
+
+def _locate(kind: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[Strict] | None]:
+    """Dotted key of a problem, and the section that it stands in.
+
+    pydantic puts the branch of a union into the place, `tree.list[list[int]]`: no user wrote that, so it is left out.
+    """
+    parts: list[str] = []
+    section: type[Strict] | None = kind
+    inner: Any = kind  # what a further part would be looked up in: a section, a list or dict of them, or a plain type
+    for part in loc:
+        if isinstance(part, str) and not _model_of(inner):
+            break
+        parts.append(str(part))
+        if isinstance(part, int) or get_origin(inner) is dict:
+            inner = _model_of(inner)
+            continue
+        section = _model_of(inner)
+        field = section.model_fields.get(part) if section else None
+        inner = field.annotation if field else None
+    return ".".join(parts), section
+
+
+def _nearest(kind: type[Strict], section: type[Strict] | None, path: str) -> str | None:
+    """The dotted key nearest to a misspelt one: among its siblings first, then anywhere in the config."""
+    prefix, _, name = path.rpartition(".")
+    if section and (sibling := _close(name, section.model_fields)):
+        return f"{prefix}.{sibling}" if prefix else sibling
+    paths = {dotted.split(".")[-1]: dotted for dotted in _dotted(kind)}
+    anywhere = _close(name, paths)
+    return paths[anywhere] if anywhere else None
+
+
+def _close(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
+def _model_of(annotation: Any) -> type[Strict] | None:
+    """The config class inside `X`, `X | None`, `list[X]` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_of(inner))), None)
+
+
+def _dotted(kind: type[Strict], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in kind.model_fields.items():
+        inner = _model_of(field.annotation)
+        paths += _dotted(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return paths

@@ -1,0 +1,1 @@
+"""Medusa itself: heads, trees, acceptance, the engine. What would remain if Ray did not exist."""

@@ -1,0 +1,106 @@
+"""The attention function that every transformers model calls while the engine runs it.
+
+It owns the cache's writes and reads, so the model needs no cache object of its own, and it applies the tree's mask.
+A step's tables travel to it as the keyword argument `step` of the model's forward. This is the dense reference, on
+torch's scaled dot product attention; grouped query heads are folded into the query length.
+
+# B sequences   T tokens of a step   S slots read   H query heads   K key/value heads   G = H / K   E head size
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from medusa_ray.medusa.cache import PagedCache
+
+NAME = "medusa_tree"
+
+
+@dataclass
+class Step:
+    """Where one forward pass writes and reads, and who sees whom."""
+
+    cache: PagedCache
+    write_BT: Tensor  # slots of the step's own tokens
+    read_BS: Tensor  # slots of the context and the step's own tokens
+    visible_BTS: Tensor | None  # bool; None: every token sees every slot
+    position_BT: Tensor
+    position_BS: Tensor  # of what lies in each slot, for sliding windows
+    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, num_groups: int) -> Tensor | None:
+        """[B, 1, G * T, S]; built once per step for each kind of layer."""
+        if (window, num_groups) not in self.masks:
+            visible_BTS = self.visible_BTS
+            if window is not None:
+                near_BTS = self.position_BT[..., None] - self.position_BS[:, None] < window
+                visible_BTS = near_BTS if visible_BTS is None else visible_BTS & near_BTS
+            mask = None if visible_BTS is None else visible_BTS.repeat(1, num_groups, 1)[:, None]
+            self.masks[window, num_groups] = mask
+        return self.masks[window, num_groups]
+
+
+def attend(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    step: Step | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature that transformers calls: returns [B, T, H, E] and no attention weights.
+
+    softcap is Gemma 2's, s_aux gpt-oss's sinks.
+    """
+    assert step is not None, "the model does not pass keyword arguments on to its attention function"
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
+    step.cache.write(layer, step.write_BT, key_BKTE.transpose(1, 2), value_BKTE.transpose(1, 2))
+    keys_BSKE, values_BSKE = step.cache.read(layer, step.read_BS)
+    keys_BKSE, values_BKSE = keys_BSKE.transpose(1, 2), values_BSKE.transpose(1, 2)
+
+    B, H, T, E = query_BHTE.shape
+    K = key_BKTE.shape[1]
+    query_BKQE = query_BHTE.reshape(B, K, H // K * T, E)
+    mask = step.mask(sliding_window, H // K)
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(query_BKQE, keys_BKSE, values_BKSE, attn_mask=mask, scale=scaling)
+    else:
+        scale = E**-0.5 if scaling is None else scaling
+        out = _soft_attention(query_BKQE, keys_BKSE, values_BKSE, mask, scale, softcap, s_aux)
+    return out.reshape(B, H, T, -1).transpose(1, 2).contiguous(), None
+
+
+def _soft_attention(
+    query_BKQE: Tensor,
+    keys_BKSE: Tensor,
+    values_BKSE: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sink_H: Tensor | None,
+) -> Tensor:
+    """Attention with a soft cap on its scores or a sink beside them, in float32."""
+    scores_BKQS = (query_BKQE @ keys_BKSE.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores_BKQS = torch.tanh(scores_BKQS / softcap) * softcap
+    if mask is not None:
+        scores_BKQS = scores_BKQS.masked_fill(~mask, -torch.inf)
+    num_slots = scores_BKQS.shape[-1]
+    if sink_H is not None:
+        B, K, Q, _ = scores_BKQS.shape
+        groups = sink_H.numel() // K
+        sink = sink_H.float().view(1, K, groups, 1).expand(B, K, groups, Q // groups).reshape(B, K, Q, 1)
+        scores_BKQS = torch.cat([scores_BKQS, sink], -1)
+    return scores_BKQS.softmax(-1)[..., :num_slots].to(values_BKSE.dtype) @ values_BKSE
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

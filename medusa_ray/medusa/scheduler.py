@@ -1,0 +1,115 @@
+"""Requests -> the sequences that run together: who waits, who joins, who leaves, and which pages they hold.
+
+A sequence gets all the pages that it can ever need when it joins, so a running sequence never has to be stopped for
+want of memory.
+"""
+
+import random
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from medusa_ray.medusa.cache import PagedCache
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller wants continued, and how."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps everything
+    seed: int | None = None  # None draws one
+    stop_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
+    ignore_eos: bool = False
+    capture_hidden: bool = False
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way: its tokens so far and what they took."""
+
+    request: Request
+    eos_ids: frozenset[int]
+    seed: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    accepted_histogram: list[int] = field(default_factory=list)
+    hidden_parts: list[Tensor] = field(default_factory=list)
+    finish_reason: str | None = None
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.seed = random.getrandbits(62) if self.request.seed is None else self.request.seed
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the root."""
+        return len(self.request.prompt_ids) + len(self.token_ids) - 1
+
+    def extend(self, committed: list[int]) -> list[int]:
+        """Takes in the tokens of a walk up to the one that ends the reply; returns those taken."""
+        room = self.request.max_new_tokens - len(self.token_ids)
+        taken = committed[:room]
+        ends = () if self.request.ignore_eos else self.eos_ids
+        for i, token in enumerate(taken):
+            if token in ends or token in self.request.stop_ids:
+                taken, self.finish_reason = taken[: i + 1], "stop"
+                break
+        else:
+            if len(taken) == room:
+                self.finish_reason = "length"
+        self.token_ids += taken
+        return taken
+
+
+class Scheduler:
+    """First come, first served, as rows and pages allow."""
+
+    def __init__(self, cache: PagedCache, max_batch_size: int, num_slack: int) -> None:
+        self.cache, self.max_batch_size = cache, max_batch_size
+        self.num_slack = num_slack  # slots that a step's guesses may take beyond the last token
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.work = threading.Event()  # set while somebody waits or runs
+
+    def add(self, sequence: Sequence) -> None:
+        """Safe to call while a step runs in another thread."""
+        self.waiting.append(sequence)
+        self.work.set()
+
+    def admit(self) -> list[Sequence]:
+        """Moves waiting sequences into the batch while there is room; returns the newly running ones."""
+        joined = []
+        while self.waiting and len(self.running) < self.max_batch_size:
+            sequence = self.waiting[0]
+            if not sequence.is_cancelled:
+                request = sequence.request
+                needed = PagedCache.pages_for(len(request.prompt_ids) + request.max_new_tokens + self.num_slack)
+                if needed > self.cache.num_free_pages:
+                    break
+                sequence.pages = self.cache.take(needed)
+                self.running.append(sequence)
+                joined.append(sequence)
+            self.waiting.popleft()
+        return joined
+
+    def release(self) -> list[int]:
+        """Lets finished and cancelled sequences go, with their pages; returns the rows that stay."""
+        stay = []
+        for row, sequence in enumerate(self.running):
+            if sequence.finish_reason or sequence.is_cancelled:
+                self.cache.give_back(sequence.pages)
+            else:
+                stay.append(row)
+        self.running = [self.running[row] for row in stay]
+        if not self.running and not self.waiting:
+            self.work.clear()
+            if self.waiting:  # added between the check and the clear
+                self.work.set()
+        return stay

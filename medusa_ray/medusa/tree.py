@@ -1,0 +1,140 @@
+"""Rank paths -> the tree of guesses that one forward pass verifies.
+
+A path lists, head by head, the rank of the guess it takes: (0, 2) is head 0's best guess followed by head 1's third.
+Node 0 is the root, the token already decided; node i + 1 is the end of path i. Paths are kept best first, parents
+before children, so a prefix of the paths is itself a tree: changing size is a slice.
+
+    paths (0,), (1,), (0, 0)          mask_NN   root (0,) (1,) (0,0)
+                                      root       x
+        root ── (0,) ── (0, 0)        (0,)       x    x
+           └─── (1,)                  (1,)       x         x
+                                      (0, 0)     x    x         x
+
+# N tree nodes, the root included   D depth   P positions   H heads
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RankPath = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree of guesses. `Tree()` has only the root: the baseline."""
+
+    paths: tuple[RankPath, ...] = ()
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> "Tree":
+        """The tree of these rank paths, put in an order where parents come first.
+
+        Raises ValueError for an empty or repeated path, a negative rank, or a path whose parent is missing.
+        """
+        wanted = [tuple(path) for path in paths]
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"the path {next(p for p in wanted if wanted.count(p) > 1)} comes twice; keep one.")
+        for path in wanted:
+            if not path or any(not isinstance(rank, int) or rank < 0 for rank in path):
+                raise ValueError(f"{path} is not a rank path; expected ranks from 0, such as (0,) or (0, 2).")
+            if path[:-1] and path[:-1] not in wanted:
+                raise ValueError(f"{path} has no parent in the tree; add {path[:-1]} or leave the path out.")
+        ordered: dict[RankPath, None] = {}
+        for path in wanted:
+            for depth in range(1, len(path) + 1):
+                ordered.setdefault(path[:depth])
+        return cls(tuple(ordered))
+
+    @classmethod
+    def chain(cls, num_heads: int) -> "Tree":
+        """Each head's best guess in a row."""
+        return cls(tuple((0,) * depth for depth in range(1, num_heads + 1)))
+
+    @classmethod
+    def calibrated(cls, rank_PH: Tensor, num_nodes: int) -> "Tree":
+        """The tree of `num_nodes` guesses that held-out text would have accepted most often.
+
+        rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came. A path's worth is the
+        share of positions that follow it to its end. Counting whole paths measures each node's chance given that
+        its parent was right; the product of the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
+        construction) assumes that heads fail independently, which they do not. A child is never worth more than its
+        parent, so taking the best paths one by one always gives a tree.
+        """
+        worth: Counter[RankPath] = Counter()
+        for ranks in rank_PH.tolist():
+            worth.update(tuple(ranks[:depth]) for depth in range(1, len(ranks) + 1))
+        best = sorted(worth, key=lambda path: (-worth[path], len(path), path))
+        return cls.from_paths(best[:num_nodes])
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Tree":
+        """From tree.json. Raises ValueError when it holds no paths."""
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or "paths" not in record:
+            raise ValueError(f'{file} has no "paths"; expected {{"paths": [[0], [0, 0], ...]}}.')
+        return cls.from_paths(record["paths"])
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.paths) + 1
+
+    @cached_property
+    def depth(self) -> int:
+        """Guesses on the longest path, which is also the number of heads it asks."""
+        return max((len(path) for path in self.paths), default=0)
+
+    @cached_property
+    def num_ranks(self) -> int:
+        """Guesses that each head must give."""
+        return max((max(path) + 1 for path in self.paths), default=0)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether node i is the parent of node i + 1: what is accepted then already lies in a row."""
+        return all(path == (0,) * (i + 1) for i, path in enumerate(self.paths))
+
+    @cached_property
+    def depth_N(self) -> Tensor:
+        return torch.tensor([0, *map(len, self.paths)])
+
+    @cached_property
+    def parent_N(self) -> Tensor:
+        """Node of each node's parent; the root is its own."""
+        node_of = {path: i + 1 for i, path in enumerate(self.paths)}
+        return torch.tensor([0, *(node_of.get(path[:-1], 0) for path in self.paths)])
+
+    @cached_property
+    def guess_N(self) -> Tensor:
+        """Where each node's token stands in [root | head 0's ranks | head 1's ranks | ...]."""
+        return torch.tensor([0, *(1 + (len(path) - 1) * self.num_ranks + path[-1] for path in self.paths)])
+
+    @cached_property
+    def mask_NN(self) -> Tensor:
+        """bool: the row's node sees the column's, that is, itself and its ancestors."""
+        mask_NN = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parent_N.tolist()):
+            mask_NN[node] |= mask_NN[parent]
+        return mask_NN
+
+    @cached_property
+    def walk_ND(self) -> Tensor:
+        """Nodes from the root to each node, D = depth + 1 of them, the last one repeated."""
+        walk_ND = torch.zeros(len(self), self.depth + 1, dtype=torch.long)
+        for node, (parent, depth) in enumerate(zip(self.parent_N.tolist(), self.depth_N.tolist(), strict=True)):
+            walk_ND[node] = walk_ND[parent]
+            walk_ND[node, depth:] = node
+        return walk_ND
+
+    def to(self, device: str | torch.device) -> "Tree":
+        """The same tree with its tables on a device."""
+        moved = Tree(self.paths)
+        for name in ("depth_N", "parent_N", "guess_N", "mask_NN", "walk_ND"):
+            moved.__dict__[name] = getattr(self, name).to(device)
+        return moved

@@ -1,0 +1,95 @@
+"""What stages hand each other: the columns of every table and the keys of every JSON file.
+
+    chats --data--> prompts/ --distill--> distilled/ --hidden--> hidden/ --train--> heads/
+          --evaluate--> heads/tree.json, heads/accuracy.json, evaluation/ --bench--> bench/ --report--> report/
+
+These are the only things that stages know of one another. Tables are Parquet; token ids are int32 lists and
+stay as the model made them: never turned into text and back. Positions count from 0 at the first prompt token.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+TOKENS = pa.list_(pa.int32())
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+# prompts/<split>/*.parquet, split being train, test or out_of_domain: one row per turn to be answered.
+PROMPTS = pa.schema(
+    [
+        ("id", pa.string()),  # chat/turn
+        ("messages", MESSAGES),  # everything before the turn; null when the chat came as bare text
+        ("prompt_ids", TOKENS),  # the rendered prompt, generation prompt included; empty on error
+        ("reference", pa.string()),  # the chat's own answer, when it has one
+        ("reference_ids", TOKENS),  # the same as token ids, its end-of-turn token included
+        ("error", pa.string()),  # null when good
+    ]
+)
+
+# distilled/*.parquet: one row per reply.
+DISTILLED = pa.schema(
+    [
+        ("id", pa.string()),  # chat/turn/sample
+        ("prompt_ids", TOKENS),
+        ("reply_ids", TOKENS),  # as generated, the end-of-sequence token included when there was one
+        ("finish_reason", pa.string()),  # stop | length, as OpenAI names them
+        ("error", pa.string()),  # null when good
+    ]
+)
+
+# hidden/*.parquet: one row per good distilled row. Schema metadata: dtype ("float32" | "bfloat16"), hidden_size.
+# The sequence is prompt_ids + reply_ids, T tokens of which P are prompt. A head at position t guesses tokens
+# t + 2 and later, and is only ever asked at t >= P - 1, so positions are P - 1 ... T - 3.
+HIDDEN = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", TOKENS),
+        ("position", TOKENS),
+        ("hidden", pa.large_binary()),  # row-major [len(position), hidden_size] in the base's dtype
+        ("label_mask", pa.list_(pa.bool_())),  # per token of input_ids: may it be a label?
+    ]
+)
+
+# evaluation/replies.parquet: the base's greedy reply to every held-out prompt of split test.
+REPLIES = pa.schema([("id", pa.string()), ("reply", pa.string()), ("reference", pa.string())])
+
+# bench/requests.parquet: one row per request sent, warm-up left out, failures included.
+REQUESTS = pa.schema(
+    [
+        ("arm", pa.string()),  # target's name
+        ("load", pa.string()),  # synchronous | throughput | concurrency=N
+        ("round", pa.int32()),
+        ("prompt", pa.int32()),  # index of the prompt in the traffic
+        ("start_s", pa.float64()),  # seconds since the epoch
+        ("latency_s", pa.float64()),  # send to last byte
+        ("ttft_s", pa.float64()),  # send to first content
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("num_steps", pa.int32()),  # engine steps after prefill; null where a server does not tell
+        ("accepted_histogram", pa.list_(pa.int32())),  # [j]: steps that accepted exactly j guesses; null likewise
+        ("text", pa.string()),
+        ("error", pa.string()),  # null when good
+    ]
+)
+
+# heads/training.jsonl: {"step": n, "epoch": x, "loss": x, "learning_rate": x, "head_loss": [...], "top1": [...]}
+# heads/tree.json:      {"paths": [[0], [0, 0], ...], "nodes": n, "calibrated_on": num_prompts}; best nodes first,
+#                       so that a prefix of the paths is itself the best smaller tree
+# heads/accuracy.json:  {"heads": {"top1": [...], "top5": [...]},                      held-out, in domain
+#                        "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x}}   tokens per step
+# evaluation/evaluation.json: {"prompts": n, "quality": {"exact_match": x}, "parity": {"prompts": n, "token_exact": n},
+#                        "near_ties": n, "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r,
+#                        "mode": "eager", "threads": n}}
+# evaluation/quality.json (only where something can run the answers): {"execution_accuracy": x, ...}
+# bench/bench.json:     {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}}}
+
+
+def check_columns(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """The table cast to `schema`, its columns in order. Raises ValueError that lists missing and present columns."""
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{where} lacks the columns {missing}; it has {table.column_names}. It was not written by the stage "
+            "before this one: run that stage again."
+        )
+    return table.select(schema.names).cast(schema)

@@ -1,0 +1,34 @@
+"""Heads that know, or half know, what the base will say: they make trees deep without any training."""
+
+import random
+
+import torch
+from torch import Tensor
+
+
+class OracleHeads:
+    """Guesses from known replies: right with chance `skill`, at a random rank; wrong tokens otherwise.
+
+    The state alone does not tell where a sequence stands, so the test hands over the engine's own sequences.
+    """
+
+    layout = "own"
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_heads: int = 3, skill: float = 0.7) -> None:
+        self.hidden_size, self.vocab_size, self.num_heads, self.skill = hidden_size, vocab_size, num_heads, skill
+        self.replies: dict[tuple[int, ...], list[int]] = {}
+        self.engine = None
+        self.random = random.Random(0)
+
+    def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
+        rows = []
+        for sequence in self.engine.scheduler.running[: len(hidden_BC)]:
+            coming = self.replies[tuple(sequence.request.prompt_ids)][len(sequence.token_ids) :]
+            rows.append([self._guesses(coming[h : h + 1], k) for h in range(self.num_heads)])
+        return torch.tensor(rows)
+
+    def _guesses(self, right: list[int], k: int) -> list[int]:
+        guesses = self.random.sample([t for t in range(self.vocab_size) if t not in right], k)
+        if right and self.random.random() < self.skill:
+            guesses[self.random.randrange(k)] = right[0]
+        return guesses

@@ -1,0 +1,155 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from fake_heads import OracleHeads
+from transformers import AutoModelForCausalLM
+
+from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.tree import Tree
+
+TREES = {
+    "chain": Tree.chain(3),
+    "tree": Tree.from_paths([(0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1)]),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 90, (12,), generator=generator).tolist()
+    return [[1, *torch.randint(6, 262, (n,), generator=generator).tolist()] for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def plain_replies(tiny_base: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers' own generate says, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    return [
+        model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist() for p in prompts
+    ]
+
+
+def engine_of(base: Path, tree: Tree | None = None, **options) -> Engine:
+    backbone = Backbone.load(str(base), torch.float32, "cpu")
+    heads = OracleHeads(backbone.hidden_size, backbone.vocab_size) if tree else None
+    engine = Engine(backbone, heads, tree, **{"max_total_tokens": 256, **options})
+    if heads:
+        heads.engine = engine
+    return engine
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12])
+@pytest.mark.parametrize("tree", [None, "chain", "tree"])
+def test_greedy_replies_equal_those_of_generate(tiny_base, prompts, plain_replies, tree, batch_size):
+    """A mask off by one, a wrong position or a missed move still gives fluent text; only equality shows it."""
+    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=batch_size)
+    if tree:
+        engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
+    done = engine.generate(prompts, max_new_tokens=40)
+    assert [d.token_ids for d in done] == plain_replies
+    steps = sum(d.num_steps for d in done)
+    tokens = sum(len(d.token_ids) - 1 for d in done)
+    assert tokens == sum(j * n + n for d in done for j, n in enumerate(d.accepted_histogram))
+    if tree:
+        assert tokens / steps > 1.3, "the guesses were not accepted, so acceptance was not tested"
+    else:
+        assert tokens == steps
+    assert engine.cache.num_free_pages == len(engine.cache.keys[0]) // 64 - 1, "pages were not given back"
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree"])
+def test_seeded_sampling_gives_the_baselines_tokens_with_any_tree(tiny_base, prompts, tree):
+    settings = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": list(range(len(prompts)))}
+    alone = [
+        engine_of(tiny_base).generate([p], **{**settings, "seed": s})[0].token_ids
+        for s, p in enumerate(prompts)
+    ]
+    engine = engine_of(tiny_base, TREES[tree], max_batch_size=5)
+    engine.heads.replies = {tuple(p): r for p, r in zip(prompts, alone, strict=True)}
+    done = engine.generate(prompts, **settings)
+    assert [d.token_ids for d in done] == alone
+    assert sum(map(len, alone)) / sum(d.num_steps for d in done) > 1.3
+
+
+def test_captured_hidden_states_are_those_of_a_plain_forward(tiny_base, prompts, plain_replies):
+    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=4)
+    engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
+    done = engine.generate(prompts, max_new_tokens=40, capture_hidden=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    for prompt, completion in zip(prompts, done, strict=True):
+        with torch.inference_mode():
+            hidden_TC = model.model(torch.tensor([prompt + completion.token_ids[:-1]])).last_hidden_state[0]
+        assert completion.hidden_TC.shape == (len(completion.token_ids), 32)
+        torch.testing.assert_close(completion.hidden_TC, hidden_TC[len(prompt) - 1 :], atol=1e-4, rtol=0)
+
+
+def test_eos_and_the_limit_cut_inside_an_accepted_run(tiny_base, prompts, plain_replies):
+    """An EOS that is an accepted guess must end the reply there, although the walk goes on behind it."""
+    reply = plain_replies[0]
+    for cut in range(1, 12):
+        engine = engine_of(tiny_base, TREES["chain"])
+        engine.heads.skill, engine.heads.replies = 1.0, {tuple(prompts[0]): reply}
+        assert engine.generate([prompts[0]], max_new_tokens=cut)[0].token_ids == reply[:cut]
+        stop = Request(prompts[0], max_new_tokens=40, stop_ids=(reply[cut],))
+        sequence = engine.add(stop)
+        while not sequence.finish_reason:
+            engine.step()
+        assert sequence.finish_reason == "stop"
+        assert sequence.token_ids == reply[: reply.index(reply[cut]) + 1]
+
+
+def test_a_stream_gives_one_delta_a_step_and_leaving_it_frees_its_pages(tiny_base, prompts):
+    engine = engine_of(tiny_base, max_batch_size=3)
+    free = engine.cache.num_free_pages
+
+    async def read(prompt: list[int], limit: int) -> list[int]:
+        tokens: list[int] = []
+        stream = engine.stream(Request(prompt, max_new_tokens=60, ignore_eos=True))
+        async for delta in stream:
+            assert len(delta.token_ids) == 1
+            tokens += delta.token_ids
+            if len(tokens) == limit:
+                break
+        await stream.aclose()
+        return tokens
+
+    async def main() -> list[list[int]]:
+        return await asyncio.gather(*(read(p, 5 if i % 2 else 60) for i, p in enumerate(prompts)))
+
+    replies = asyncio.run(main())
+    assert [len(r) for r in replies] == [5 if i % 2 else 60 for i in range(len(prompts))]
+    for _ in range(200):
+        if engine.cache.num_free_pages == free:
+            break
+        asyncio.run(asyncio.sleep(0.01))
+    assert engine.cache.num_free_pages == free
+    assert engine.num_running == engine.num_waiting == 0
+    expected = engine_of(tiny_base).generate(prompts, max_new_tokens=60, ignore_eos=True)
+    assert all(e.token_ids[: len(r)] == r for e, r in zip(expected, replies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "no tokens"),
+        (Request([5] * 250, max_new_tokens=10), "together 260; the limit is 256"),
+        (Request([5], max_new_tokens=0), "at least 1"),
+        (Request([262]), "outside 0 ... 261"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused_at_once(tiny_base, request_, message):
+    with pytest.raises(ValueError, match=message):
+        engine_of(tiny_base).add(request_)
+
+
+def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="hidden size of 64, but the base has 32"):
+        Engine(backbone, OracleHeads(64, 262), Tree.chain(3))
+    with pytest.raises(ValueError, match="needs heads"):
+        Engine(backbone, None, Tree.chain(3))
+    with pytest.raises(ValueError, match="4 deep, but there are only 3 heads"):
+        Engine(backbone, OracleHeads(32, 262), Tree.chain(4))

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import torch
+
+from medusa_ray.medusa.tree import Tree
+
+
+def test_the_drawn_tree_has_the_drawn_mask():
+    tree = Tree.from_paths([(0,), (1,), (0, 0)])
+    assert tree.mask_NN.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    assert tree.depth_N.tolist() == [0, 1, 1, 2]
+    assert tree.parent_N.tolist() == [0, 0, 0, 1]
+    assert tree.walk_ND.tolist() == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]]
+    # Two ranks a head: root, head 0 rank 0, head 0 rank 1, head 1 rank 0.
+    assert tree.guess_N.tolist() == [0, 1, 2, 3]
+    assert (len(tree), tree.depth, tree.num_ranks, tree.is_chain) == (4, 2, 2, False)
+
+
+def test_a_chain_takes_each_heads_best_guess():
+    chain = Tree.chain(3)
+    assert chain.paths == ((0,), (0, 0), (0, 0, 0))
+    assert chain.is_chain
+    assert chain.mask_NN.equal(torch.ones(4, 4).tril().bool())
+
+
+def test_the_empty_tree_is_the_root_alone():
+    assert (len(Tree()), Tree().depth, Tree().num_ranks) == (1, 0, 0)
+
+
+def test_children_listed_before_their_parents_are_put_behind_them():
+    assert Tree.from_paths([(0, 1), (0,), (1,)]).paths == ((0,), (0, 1), (1,))
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([(0,), (1, 0)], r"\(1, 0\) has no parent in the tree; add \(1,\)"),
+        ([(0,), (0,)], "comes twice"),
+        ([()], "not a rank path"),
+        ([(-1,)], "not a rank path"),
+    ],
+)
+def test_a_malformed_tree_is_refused_by_its_path(paths, message):
+    with pytest.raises(ValueError, match=message):
+        Tree.from_paths(paths)
+
+
+def test_calibration_takes_the_paths_that_text_followed_most_often():
+    """Separate accuracies would prefer (0, 0); only the joint count sees that head 1 is right when head 0 is not."""
+    ranks = [[0, 5], [0, 5], [0, 5], [1, 0], [1, 0], [2, 0]]
+    tree = Tree.calibrated(torch.tensor(ranks), num_nodes=4)
+    assert tree.paths == ((0,), (0, 5), (1,), (1, 0))
+
+
+def test_every_prefix_of_a_calibrated_tree_is_a_tree():
+    ranks = torch.randint(0, 4, (500, 3), generator=torch.Generator().manual_seed(0))
+    tree = Tree.calibrated(ranks, num_nodes=30)
+    assert len(tree) == 31
+    for size in range(31):
+        assert Tree.from_paths(tree.paths[:size]).paths == tree.paths[:size]
+
+
+def test_a_file_without_paths_is_refused(tmp_path):
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps({"nodes": 3}))
+    with pytest.raises(ValueError, match="has no \"paths\""):
+        Tree.load(file)
+    file.write_text(json.dumps({"paths": [[0], [0, 1]]}))
+    assert Tree.load(file).paths == ((0,), (0, 1))
