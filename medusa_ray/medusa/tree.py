@@ -61,15 +61,16 @@ class Tree:
     def calibrated(cls, rank_PH: Tensor, num_nodes: int) -> "Tree":
         """The tree of `num_nodes` guesses that held-out text would have accepted most often.
 
-        rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came. A path's worth is the
-        share of positions that follow it to its end. Counting whole paths measures each node's chance given that
+        rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came; -1 where that token is
+        not among the ranks kept, or none came. A path's worth is the number of positions that follow it to its end. Counting whole paths measures each node's chance given that
         its parent was right; the product of the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
         construction) assumes that heads fail independently, which they do not. A child is never worth more than its
         parent, so taking the best paths one by one always gives a tree.
         """
         worth: Counter[RankPath] = Counter()
         for ranks in rank_PH.tolist():
-            worth.update(tuple(ranks[:depth]) for depth in range(1, len(ranks) + 1))
+            followed = ranks[: ranks.index(-1)] if -1 in ranks else ranks
+            worth.update(tuple(followed[:depth]) for depth in range(1, len(followed) + 1))
         best = sorted(worth, key=lambda path: (-worth[path], len(path), path))
         return cls.from_paths(best[:num_nodes])
 

@@ -1,0 +1,317 @@
+"""Heads and held-out prompts -> accuracy of the heads, a calibrated tree, parity and speed.
+
+One pass of the base answers every held-out prompt and keeps its hidden states; all that heads and trees would have
+done on those replies follows from them exactly. Some of the prompts shape the tree, the others score it. Medusa,
+the baseline and transformers' own `generate` then answer the same prompts, and must say the same.
+
+# T tokens of a reply   H heads   C hidden
+"""
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medusa_ray import provenance
+from medusa_ray.chat import Chat
+from medusa_ray.config import RunConfig, UserError
+from medusa_ray.medusa import attention
+from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.engine import Completion, Engine
+from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.medusa.tree import Tree
+from medusa_ray.records import PROMPTS, REPLIES, check_columns
+
+log = logging.getLogger("medusa_ray")
+
+NUM_RANKS = 10  # Guesses of a head that are looked at: published trees use no more.
+BATCH_SIZE = 16
+NEAR_TIE = 1e-4  # Two best scores nearer than this may come out either way.
+
+
+def run(config: RunConfig) -> str:
+    """Measures the run's heads on its held-out prompts, in a Ray task on a machine like those that serve.
+
+    Writes tree.json and accuracy.json into heads/, and evaluation/. Raises UserError when there is nothing to
+    measure on.
+    """
+    folder = config.artifact("evaluation")
+    plain = {"model": config.model.model_dump(), "evaluate": config.evaluate.model_dump()}
+    inputs = {name: provenance.digest(config.artifact(name)) for name in ("prompts", "heads")}
+    if not provenance.is_complete(folder, plain, inputs):
+        device = config.model.device
+        if device == "auto":
+            device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+        task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=1)(measure)
+        facts = ray.get(task.remote(config, device))
+        provenance.write(folder, plain, inputs, **facts)
+    return folder
+
+
+def measure(config: RunConfig, device: str) -> dict[str, Any]:
+    """All the measuring, in one process. Returns the main figures."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    settings = config.evaluate
+    prompts = _prompts(config, "test")
+    if len(prompts) < 2:
+        raise UserError(
+            f"{config.artifact('prompts')}/test has {len(prompts)} usable prompts; the tree is shaped on some and "
+            "scored on others, so at least 2 are needed. Give data.test more chats."
+        )
+    dtype = getattr(torch, config.model.dtype)
+    backbone = Backbone.load(config.model.base, dtype, device, config.model.revision)
+    heads = MedusaHeads.load(config.artifact("heads"), dtype=dtype, device=device)
+    if heads.layout == "shared":
+        heads.init_from(backbone.output_weight_VC)
+    heads = heads.eval().requires_grad_(False)
+    baseline = Engine(backbone, max_batch_size=BATCH_SIZE, max_total_tokens=_longest(config))
+
+    def answer(prompts: list[dict[str, Any]], engine: Engine, capture: bool = False) -> list[Completion]:
+        ids = [row["prompt_ids"] for row in prompts]
+        return engine.generate(ids, settings.max_new_tokens, capture_hidden=capture)
+
+    replies = answer(prompts, baseline, capture=True)
+    ranks = [ranks_of(heads, reply) for reply in replies]
+    num_calibrating = max(1, round(settings.calibration_share * len(prompts)))
+    shaping, scoring = ranks[:num_calibrating], ranks[num_calibrating:]
+    tree = Tree.calibrated(torch.cat(shaping), settings.tree_nodes)
+    chain = Tree.chain(heads.num_heads)
+    acceptance = {
+        "chain": tokens_per_step(scoring, chain),
+        f"calibrated_{settings.tree_nodes}": tokens_per_step(scoring, tree),
+    }
+    if strangers := _prompts(config, "out_of_domain"):
+        away = [ranks_of(heads, reply) for reply in answer(strangers, baseline, capture=True)]
+        acceptance["out_of_domain_chain"] = tokens_per_step(away, chain)
+    accuracy = {"heads": top_accuracy(torch.cat(scoring)), "acceptance": acceptance}
+    log.info("stage=evaluate %s", " ".join(f"{name}={value:.3f}" for name, value in acceptance.items()))
+
+    medusa = Engine(backbone, heads, tree, max_batch_size=BATCH_SIZE, max_total_tokens=_longest(config))
+    compared = prompts[: settings.num_parity]
+    parity = check_parity(
+        [row["prompt_ids"] for row in compared],
+        [reply.token_ids for reply in answer(compared, medusa)],
+        [reply.token_ids for reply in replies[: len(compared)]],
+        backbone.model,
+        settings.max_new_tokens,
+    )
+    log.info("stage=evaluate parity=%d/%d", parity["token_exact"], parity["prompts"])
+    timed = [row["prompt_ids"] for row in prompts[-settings.num_speed :]] if settings.num_speed else []
+    speed = compare_speed(baseline, medusa, timed, settings.max_new_tokens) if timed else None
+
+    chat = Chat.load(config.model.base, config.model.revision)
+    texts = [chat.text(reply.token_ids) for reply in replies]
+    exact = [text.strip() == row["reference"].strip() for text, row in zip(texts, prompts, strict=True) if row["reference"]]
+    evaluation = {
+        "prompts": len(prompts),
+        "quality": {"exact_match": statistics.fmean(exact)} if exact else {},
+        "parity": parity,
+        "engine": speed,
+    }
+    heads_folder, folder = config.artifact("heads"), config.artifact("evaluation")
+    paths = {"paths": tree.paths, "nodes": len(tree.paths), "calibrated_on": num_calibrating}
+    provenance.write_json(f"{heads_folder}/tree.json", paths)
+    provenance.write_json(f"{heads_folder}/accuracy.json", accuracy)
+    provenance.write_json(f"{folder}/evaluation.json", evaluation)
+    columns = [[row["id"] for row in prompts], texts, [row["reference"] for row in prompts]]
+    pq.write_table(pa.table(columns, schema=REPLIES), f"{folder}/replies.parquet")
+    return {"acceptance": acceptance, "parity": parity, "speedup": speed["speedup"] if speed else None}
+
+
+# ---------------------------------------------------------------------------------------- heads and trees
+
+
+@torch.inference_mode()
+def ranks_of(heads: MedusaHeads, reply: Completion) -> Tensor:
+    """[T - 1, H]: the rank that head h, asked where reply token t was produced, gave token t + 1 + h.
+
+    -1 where the token is not among the head's NUM_RANKS best, -2 where the reply has ended.
+    """
+    assert reply.hidden_TC is not None
+    guess_THK = heads.topk(reply.hidden_TC[:-1], min(NUM_RANKS, heads.vocab_size)).cpu()
+    tokens = torch.tensor(reply.token_ids)
+    rank_TH = torch.full(guess_THK.shape[:2], -2)
+    for head in range(heads.num_heads):
+        coming_T = tokens[1 + head :]
+        hit_TK = guess_THK[: len(coming_T), head] == coming_T[:, None]
+        rank_TH[: len(coming_T), head] = torch.where(hit_TK.any(1), hit_TK.int().argmax(1), -1)
+    return rank_TH
+
+
+def top_accuracy(rank_TH: Tensor) -> dict[str, list[float]]:
+    """Share of tokens that each head named first, and among its first five."""
+    accuracy: dict[str, list[float]] = {}
+    for name, limit in (("top1", 1), ("top5", 5)):
+        columns = [column[column > -2] for column in rank_TH.T]
+        accuracy[name] = [((c >= 0) & (c < limit)).float().mean().item() if len(c) else 0.0 for c in columns]
+    return accuracy
+
+
+def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
+    """Acceleration on replies whose ranks are known: tokens after the prefill's, over steps.
+
+    It is exact: what a step accepts depends on the ranks at its root alone.
+    """
+    paths = set(tree.paths)
+    tokens = steps = 0
+    for rank_TH in ranks:
+        rows, root = rank_TH.tolist(), 0
+        while root < len(rows):
+            depth = 0
+            while depth < tree.depth and tuple(rows[root][: depth + 1]) in paths:
+                depth += 1
+            root += depth + 1
+            steps += 1
+        tokens += len(rows)
+    return tokens / steps if steps else 0.0
+
+
+# ----------------------------------------------------------------------------------------- parity and speed
+
+
+def check_parity(
+    prompts: list[list[int]],
+    medusa: list[list[int]],
+    baseline: list[list[int]],
+    model: PreTrainedModel,
+    max_new_tokens: int,
+) -> dict[str, int]:
+    """Counts the prompts that Medusa, the baseline and `generate` answer with the same tokens.
+
+    A reply that parts from `generate` where its two best scores lie within NEAR_TIE of each other counts as equal up to
+    there, and is reported as a near tie.
+    """
+    reference = plain_generate(model, prompts, max_new_tokens)
+    exact = near_ties = 0
+    for prompt, said, plain, expected in zip(prompts, medusa, baseline, reference, strict=True):
+        if said == plain == expected:
+            exact += 1
+        elif all(other == expected or is_near_tie(model, prompt, other, expected) for other in (said, plain)):
+            near_ties += 1
+    return {"prompts": len(prompts), "token_exact": exact, "near_ties": near_ties}
+
+
+def plain_generate(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy replies by transformers' own `generate`, with its own attention, in left-padded batches."""
+    replies: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with _own_attention(model):
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
+            longest = len(prompts[batch[-1]])
+            ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            out = model.generate(
+                ids, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
+            )
+            for i, row in zip(batch, out[:, longest:].tolist(), strict=True):
+                replies[i] = _until_eos(row, model)
+    return [replies[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def is_near_tie(model: PreTrainedModel, prompt: list[int], said: list[int], expected: list[int]) -> bool:
+    """Whether the reference's two best scores nearly meet where the two replies part."""
+    same = next((i for i, (a, b) in enumerate(zip(said, expected, strict=False)) if a != b), None)
+    if same is None:
+        return False
+    ids = torch.tensor([prompt + expected[:same]], device=model.device)
+    with _own_attention(model):
+        best = model(ids).logits[0, -1].float().topk(2).values
+    return bool(best[0] - best[1] < NEAR_TIE)
+
+
+def compare_speed(
+    baseline: Engine, medusa: Engine, prompts: list[list[int]], max_new_tokens: int
+) -> dict[str, Any]:
+    """Seconds of each reply, one prompt at a time on one thread, all arms on each prompt before the next one.
+
+    Medians over prompts; `speedup` is the median of baseline over Medusa on the same prompt.
+    """
+    torch.set_num_threads(1)
+    model = baseline.model
+
+    def plain(prompt: list[int]) -> int:
+        ids = torch.tensor([prompt], device=model.device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+        return out.shape[1] - len(prompt)
+
+    def engine(engine: Engine) -> Callable[[list[int]], int]:
+        return lambda prompt: len(engine.generate([prompt], max_new_tokens)[0].token_ids)
+
+    arms: dict[str, Callable[[list[int]], int]] = {"baseline": engine(baseline), "medusa": engine(medusa)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*arms, "transformers")}
+    rates: dict[str, list[float]] = {name: [] for name in seconds}
+
+    def measure(name: str, reply: Callable[[list[int]], int], prompt: list[int], is_warm: bool) -> None:
+        start = time.perf_counter()
+        num_tokens = reply(prompt)
+        taken = time.perf_counter() - start
+        if is_warm:
+            seconds[name].append(taken)
+            rates[name].append(num_tokens / taken)
+
+    for i, prompt in enumerate([*prompts[:2], *prompts]):  # the first two warm up
+        order = list(arms) if i % 2 else list(reversed(arms))
+        for name in order:
+            measure(name, arms[name], prompt, i >= 2)
+        with _own_attention(model):
+            measure("transformers", plain, prompt, i >= 2)
+    ratios = [b / m for b, m in zip(seconds["baseline"], seconds["medusa"], strict=True)]
+    return {
+        **{name: {"tokens_per_s": statistics.median(values)} for name, values in rates.items()},
+        "speedup": statistics.median(ratios),
+        "prompts": len(prompts),
+        "mode": "eager",
+        "threads": 1,
+    }
+
+
+class _own_attention:
+    """While it lasts, the model attends as transformers would have it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.set_attn_implementation("sdpa")
+
+    def __exit__(self, *_: object) -> None:
+        self.model.set_attn_implementation(attention.NAME)
+
+
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+def _prompts(config: RunConfig, split: str) -> list[dict[str, Any]]:
+    """Good rows of one split, in the order of their ids."""
+    folder = Path(config.artifact("prompts")) / split
+    files = sorted(folder.glob("*.parquet"))
+    rows = [
+        row
+        for file in files
+        for row in check_columns(pq.read_table(file), PROMPTS, str(file)).to_pylist()
+        if row["error"] is None
+    ]
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def _longest(config: RunConfig) -> int:
+    return config.data.max_prompt_tokens + config.evaluate.max_new_tokens
+
+
+def _until_eos(tokens: list[int], model: PreTrainedModel) -> list[int]:
+    """The reply without the padding that `generate` puts behind it."""
+    eos = model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or [])
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)

@@ -1,0 +1,87 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from medusa_ray.evaluate import check_parity, compare_speed, is_near_tie, ranks_of, tokens_per_step, top_accuracy
+from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.engine import Completion, Engine
+from medusa_ray.medusa.tree import Tree
+
+
+def reply_of(tokens: list[int]) -> Completion:
+    """A reply whose hidden states are just the numbers of their positions."""
+    return Completion(tokens, "stop", 0, [], torch.arange(len(tokens))[:, None].float())
+
+
+def heads_that_guess(table: list[list[list[int]]]) -> SimpleNamespace:
+    """Heads that answer state number t with table[t][head], best first."""
+    return SimpleNamespace(
+        num_heads=len(table[0]), vocab_size=100, topk=lambda hidden_TC, k: torch.tensor(table)[hidden_TC[:, 0].long(), :, :k]
+    )
+
+
+def test_ranks_say_where_each_head_had_the_token_that_came():
+    # Reply 5 6 7. At state 0 the heads guess tokens 1 and 2 of the reply, at state 1 token 2 and nothing.
+    heads = heads_that_guess([[[6, 9], [8, 7]], [[1, 2], [3, 4]], [[0, 0], [0, 0]]])
+    rank_TH = ranks_of(heads, reply_of([5, 6, 7]))
+    assert rank_TH.tolist() == [[0, 1], [-1, -2]]
+    assert top_accuracy(rank_TH) == {"top1": [0.5, 0.0], "top5": [0.5, 1.0]}
+
+
+def test_tokens_per_step_counts_what_the_tree_would_have_accepted():
+    # Seven tokens after the prefill's. A chain takes 3 + 1 of them at root 0, then 0 + 1 at 4, 1 + 1 at 5: 3 steps.
+    rank_TH = torch.tensor([[0, 0, 0], [9, 9, 9], [9, 9, 9], [9, 9, 9], [1, 0, -2], [0, -2, -2], [-2, -2, -2]])
+    assert tokens_per_step([rank_TH], Tree.chain(3)) == pytest.approx(7 / 3)
+    # With rank 1 and what follows it in the tree, the second step takes the rest.
+    tree = Tree.from_paths([*Tree.chain(3).paths, (1,), (1, 0)])
+    assert tokens_per_step([rank_TH], tree) == pytest.approx(7 / 2)
+    assert tokens_per_step([rank_TH, rank_TH], Tree()) == 1.0
+    assert tokens_per_step([], Tree()) == 0.0
+
+
+def test_simulated_and_served_acceleration_agree(tiny_base):
+    """Trees are chosen by simulation, so a simulation that flatters would choose the wrong one."""
+    torch.manual_seed(0)
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    weight_HVC = torch.stack([torch.roll(backbone.output_weight_VC, k, 0) for k in range(2)])
+
+    def topk(hidden_BC, k):
+        return torch.einsum("bc,hvc->bhv", hidden_BC, weight_HVC).topk(k, -1).indices
+
+    heads = SimpleNamespace(num_heads=2, hidden_size=32, vocab_size=262, topk=topk)
+    prompts = [[1, *torch.randint(6, 262, (9,)).tolist()] for _ in range(6)]
+    replies = Engine(backbone, max_total_tokens=128).generate(prompts, 60, capture_hidden=True)
+    ranks = [ranks_of(heads, reply) for reply in replies]
+    tree = Tree.calibrated(torch.cat(ranks), 6)
+    served = Engine(backbone, heads, tree, max_total_tokens=128).generate(prompts, 60)
+    steps, tokens = sum(d.num_steps for d in served), sum(len(d.token_ids) - 1 for d in served)
+    assert tokens_per_step(ranks, tree) == pytest.approx(tokens / steps, abs=1e-6)
+    assert tokens / steps > 1.0
+
+
+def test_parity_counts_a_wrong_token_and_forgives_only_near_ties(tiny_base):
+    model = Backbone.load(str(tiny_base), torch.float32, "cpu").model
+    prompts = [[1, 50, 60, 70], [1, 80], [1, 90, 91]]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    right = [plain.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    assert check_parity(prompts, right, right, model, 12) == {"prompts": 3, "token_exact": 3, "near_ties": 0}
+    wrong = [right[0], [*right[1][:5], (right[1][5] + 1) % 262, *right[1][6:]], right[2]]
+    assert check_parity(prompts, wrong, right, model, 12) == {"prompts": 3, "token_exact": 2, "near_ties": 0}
+    assert not is_near_tie(model, prompts[1], wrong[1], right[1])
+    # Two rows of the output layer that are alike make every choice between their tokens a tie.
+    first, other = right[1][5], wrong[1][5]
+    with torch.no_grad():
+        model.lm_head.weight[other] = model.lm_head.weight[first]
+    assert is_near_tie(model, prompts[1], wrong[1], right[1])
+
+
+def test_speed_is_measured_on_all_arms_and_the_engine_keeps_its_attention(tiny_base):
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    baseline = Engine(backbone, max_total_tokens=128)
+    speed = compare_speed(baseline, baseline, [[1, 50, 60], [1, 70]], 8)
+    assert speed["prompts"] == 2
+    assert {"baseline", "medusa", "transformers"} <= speed.keys()
+    assert all(speed[arm]["tokens_per_s"] > 0 for arm in ("baseline", "medusa", "transformers"))
+    assert len(baseline.generate([[1, 5]], 4)[0].token_ids) == 4
