@@ -18,18 +18,18 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.eos_ids = frozenset(eos_ids) or frozenset(filter(None, [tokenizer.eos_token_id]))
+        own = tokenizer.eos_token_id  # may be 0, which is a token like any other
+        self.eos_ids = frozenset(eos_ids) | frozenset([] if own is None else [own])
 
     @classmethod
     def load(cls, base: str, revision: str | None = None) -> "Chat":
         """From a folder or hub name. Raises OSError when there is no tokenizer."""
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
         try:
-            eos = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
+            eos = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
         except OSError:
             eos = None
-        eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
-        return cls(tokenizer, [*eos_ids, *filter(None, [tokenizer.eos_token_id])])
+        return cls(tokenizer, [eos] if isinstance(eos, int) else eos or [])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the messages with the generation prompt, ready for the model to answer.
@@ -63,7 +63,7 @@ class Chat:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a reply, special tokens left out."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self.tokenizer)
@@ -97,5 +97,5 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What is still held back when the reply ends inside a character."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
         return whole[len(self._shown) :] if whole.startswith(self._shown) else ""

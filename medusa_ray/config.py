@@ -248,11 +248,12 @@ class TrafficConfig(Strict):
         description="synchronous, throughput, or concurrency=N.",
     )
     num_requests: int = Field(64, gt=0, description="Requests of each arm at each load in each round.")
-    num_warmup: int = Field(8, ge=0, description="Requests sent first and left out of every figure.")
+    num_warmup: int = Field(8, ge=0, description="Requests sent to each arm at first, at once; in no figure.")
     rounds: int = Field(2, gt=0, description="Times that every arm is measured, interleaved.")
     max_seconds: float = Field(60, gt=0, description="Longest time of one arm at one load in one round.")
     max_tokens: int = Field(128, gt=0, description="Longest reply, in tokens.")
     temperature: float = Field(0.0, ge=0, le=2, description="Sent with every request.")
+    seed: int = Field(0, ge=0, description="Sent with every request, so that arms that sample draw alike.")
     max_concurrency: int = Field(32, gt=0, description="Requests in flight under `throughput`.")
 
     @model_validator(mode="after")
@@ -325,7 +326,7 @@ def load(kind: type[Config], uri: str | Path, overrides: Sequence[str] = ()) -> 
 
 
 def kind_of(raw: dict[str, Any]) -> type[Strict]:
-    """Whether these values mean to be a run, a serve file or traffic: the schema that knows most of their keys."""
+    """What these values mean to be, a run, a serve file or traffic: the schema that knows most of their keys."""
     kinds: list[type[Strict]] = [RunConfig, ServeConfig, TrafficConfig]
     return max(kinds, key=lambda kind: sum(bool(_close(str(key), kind.model_fields)) for key in raw))
 
@@ -376,11 +377,12 @@ def _explain(kind: type[Strict], problem: Any) -> str:
 def _locate(kind: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[Strict] | None]:
     """Dotted key of a problem, and the section that it stands in.
 
-    pydantic puts the branch of a union into the place, `tree.list[list[int]]`: no user wrote that, so it is left out.
+    pydantic puts the branch of a union into the place, `tree.list[list[int]]`; no user wrote that, so it is left
+    out.
     """
     parts: list[str] = []
     section: type[Strict] | None = kind
-    inner: Any = kind  # what a further part would be looked up in: a section, a list or dict of them, or a plain type
+    inner: Any = kind  # where a further part is looked up: a section, a list or dict of sections, a plain type
     for part in loc:
         if isinstance(part, str) and not _model_of(inner):
             break
@@ -405,7 +407,9 @@ def _nearest(kind: type[Strict], section: type[Strict] | None, path: str) -> str
 
 
 def _close(name: str, names: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    """The name that looks most like this one, or that has it for a part."""
+    near = difflib.get_close_matches(name, names, n=1) or [other for other in names if name in other.split("_")]
+    return near[0] if near else None
 
 
 def _model_of(annotation: Any) -> type[Strict] | None:

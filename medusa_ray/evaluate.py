@@ -117,6 +117,8 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
         "quality": {"exact_match": statistics.fmean(exact)} if exact else {},
         "parity": parity,
         "engine": speed,
+        "hardware": provenance.hardware(),
+        "model": {"dtype": config.model.dtype, "num_parameters": backbone.model.num_parameters()},
     }
     heads_folder, folder = config.artifact("heads"), config.artifact("evaluation")
     paths = {"paths": tree.paths, "nodes": len(tree.paths), "calibrated_on": num_calibrating}

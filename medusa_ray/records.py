@@ -7,6 +7,8 @@ These are the only things that stages know of one another. Tables are Parquet; t
 stay as the model made them: never turned into text and back. Positions count from 0 at the first prompt token.
 """
 
+from typing import Any
+
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -77,11 +79,32 @@ REQUESTS = pa.schema(
 #                       so that a prefix of the paths is itself the best smaller tree
 # heads/accuracy.json:  {"heads": {"top1": [...], "top5": [...]},                      held-out, in domain
 #                        "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x}}   tokens per step
-# evaluation/evaluation.json: {"prompts": n, "quality": {"exact_match": x}, "parity": {"prompts": n, "token_exact": n},
-#                        "near_ties": n, "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r,
-#                        "mode": "eager", "threads": n}}
+# evaluation/evaluation.json: {"prompts": n, "quality": {"exact_match": x}, "hardware": {...},
+#                        "model": {"dtype": x, "num_parameters": n},
+#                        "parity": {"prompts": n, "token_exact": n, "near_ties": n},       near_ties: excused differences
+#                        "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager",
+#                        "threads": n}}                                              null when nothing was timed
 # evaluation/quality.json (only where something can run the answers): {"execution_accuracy": x, ...}
-# bench/bench.json:     {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}}}
+# bench/bench.json:     {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}},
+#                        "serve_paths": {PATH: {FIGURE: x}}}     serve_paths only where several paths were measured
+
+
+def hidden_row(row_id: str, prompt_ids: list[int], reply_ids: list[int], hidden: bytes) -> dict[str, Any]:
+    """A row of HIDDEN. `hidden` holds the states at positions P - 1 ... T - 3, one fewer than there are reply tokens:
+    the state that produced the last token has nothing left to guess."""
+    first = len(prompt_ids) - 1
+    return {
+        "id": row_id,
+        "input_ids": prompt_ids + reply_ids,
+        "position": list(range(first, first + len(reply_ids) - 1)),
+        "hidden": hidden,
+        "label_mask": [False] * len(prompt_ids) + [True] * len(reply_ids),
+    }
+
+
+def hidden_table(rows: list[dict[str, Any]], dtype: str, hidden_size: int) -> pa.Table:
+    """Rows of `hidden_row` as a table of HIDDEN, with its schema metadata."""
+    return pa.Table.from_pylist(rows, HIDDEN.with_metadata({"dtype": dtype, "hidden_size": str(hidden_size)}))
 
 
 def check_columns(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -1,0 +1,1 @@
+"""The embedded default: text-to-SQL chats, the small base that knows them, and its training."""

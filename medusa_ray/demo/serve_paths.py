@@ -1,0 +1,139 @@
+"""The ways through Ray Serve to a replica -> what each costs per request and per token.
+
+`compare` measures two of them on an application that runs. `python -m medusa_ray.demo.serve_paths` measures three
+with an engine that takes no time, a Ray cluster each, and prints a table.
+"""
+
+import asyncio
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from medusa_ray import serve as stage
+from medusa_ray.config import EngineConfig
+from medusa_ray.medusa.engine import Counters, Delta
+from medusa_ray.medusa.scheduler import Request
+
+NUM_TOKENS = 32
+NUM_WARMUP = 3
+PATHS = {
+    "Ray Serve's default": dict[str, str],
+    "throughput settings": lambda: {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    "HAProxy": stage.environment,
+}
+
+
+def compare(url: str, model: str, num_requests: int = 20) -> dict[str, dict[str, float]]:
+    """Figures of a running application through each proxy: HAProxy, where the environment has one, and Ray Serve's
+    own, which then stays behind it on a port of its own."""
+    port = os.environ.get(stage.FALLBACK_PORT)
+    if port is None:
+        return {"Ray Serve's own proxy": measure(url, model, num_requests)}
+    own = urlsplit(url)._replace(netloc=f"127.0.0.1:{port}").geturl()
+    return {
+        "HAProxy": measure(url, model, num_requests),
+        "Ray Serve's own proxy": measure(own, model, num_requests),
+    }
+
+
+def measure(url: str, model: str, num_requests: int = 40) -> dict[str, float]:
+    """Medians over requests sent one after the other over one connection, in ms: a whole reply of one token, the
+    first token of a stream, and each further one."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(f"{parts.hostname}", parts.port, timeout=60)
+    fixed = {"model": model, "prompt": "SELECT", "temperature": 0, "ignore_eos": True}
+
+    def post(num_tokens: int, stream: bool) -> http.client.HTTPResponse:
+        body = json.dumps({**fixed, "max_tokens": num_tokens, "stream": stream})
+        connection.request("POST", f"{parts.path}/v1/completions", body, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    figures: dict[str, list[float]] = {"request_ms": [], "ttft_ms": [], "tpot_ms": []}
+    for turn in range(NUM_WARMUP + num_requests):
+        started = time.perf_counter()
+        post(1, stream=False).read()
+        ended = time.perf_counter()
+        arrived = [
+            time.perf_counter() for line in post(NUM_TOKENS, stream=True) if line.startswith(b"data: {")
+        ]
+        if turn >= NUM_WARMUP:
+            figures["request_ms"].append((ended - started) * 1e3)
+            figures["ttft_ms"].append((arrived[0] - ended) * 1e3)
+            figures["tpot_ms"].append((arrived[-1] - arrived[0]) * 1e3 / (NUM_TOKENS - 1))
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------- without a model
+
+
+class Instant:
+    """An engine, its chat and its detokenizer, none of which takes any time."""
+
+    max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
+
+    def check(self, request: Request) -> None:
+        pass
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        for step in range(request.max_new_tokens):
+            await asyncio.sleep(0)  # as for a real step, the event loop gets its turn
+            yield Delta([0], "length" if step + 1 == request.max_new_tokens else None, step, [step])
+
+    def text_ids(self, text: str) -> list[int]:
+        return [0]
+
+    def detokenizer(self) -> "Instant":
+        return self
+
+    def push(self, token_ids: list[int]) -> str:
+        return "token "
+
+    def finish(self) -> str:
+        return ""
+
+
+class InstantReplica:
+    def __serve_build_asgi_app__(self) -> Any:
+        server: Any = stage.Server(Instant(), Instant(), EngineConfig(model_id="instant", base="-"))  # type: ignore[arg-type]
+        return stage.build_api(server)
+
+
+def measure_without_model(path: str) -> dict[str, float]:
+    """Serves the instant engine by one path, on a Ray of its own."""
+    os.environ.update(PATHS[path]())
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    port = stage.free_port()
+    serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
+    serve.run(
+        serve.deployment(serve.ingress()(InstantReplica)).bind(), name="instant", route_prefix="/instant"
+    )
+    url = f"http://127.0.0.1:{port}/instant"
+    stage.wait_for_route(f"{url}/health", time.monotonic() + 60)
+    return measure(url, "instant")
+
+
+def main() -> None:
+    if len(sys.argv) == 2:
+        print(json.dumps(measure_without_model(sys.argv[1])))
+        return
+    print(f"{'path':24}{'request ms':>12}{'ttft ms':>12}{'tpot ms':>12}")
+    for path in PATHS:
+        # A process each, since Ray Serve reads its environment once.
+        command = [sys.executable, "-m", "medusa_ray.demo.serve_paths", path]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        print(f"{path:24}" + "".join(f"{value:12.2f}" for value in figures.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A list of shards and a worker -> what the worker made of each, as they finish. Ray Data runs it.
+
+A shard is a small dict that says which rows to take and which part to write; a worker writes its part by itself,
+so rows do not pass through the driver. Ray Data gives each shard to a process, and to another one when that process
+or its node dies.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from medusa_ray.config import ModelConfig, UserError
+
+Shard = dict[str, Any]
+Worker = Callable[[Shard], dict[str, Any]]
+MakeWorker = Callable[[], Worker]
+Ref = Any  # ray.ObjectRef of a table
+
+LOG = logging.getLogger("medusa_ray")
+LOG_INTERVAL_S = 5.0
+
+
+def base_of(model: ModelConfig) -> str:
+    """The base as a worker finds it, which may run in another folder."""
+    return os.path.abspath(model.base) if os.path.isdir(model.base) else model.base
+
+
+def device_of(model: ModelConfig) -> str:
+    """cpu or cuda, by what the cluster has. Raises UserError when a GPU is asked for and there is none."""
+    has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    if model.device == "cuda" and not has_gpu:
+        raise UserError("model.device is 'cuda', but no node of Ray has a GPU. Set it to 'auto' or 'cpu'.")
+    return "cuda" if has_gpu and model.device != "cpu" else "cpu"
+
+
+def actors(num_actors: int, num_shards: int, device: str) -> dict[str, Any]:
+    """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use."""
+    resource = "GPU" if device == "cuda" else "CPU"
+    fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource, 1)))
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=max(fitting, 1), max_tasks_in_flight_per_actor=2),
+        "num_cpus": 1,
+        "num_gpus": int(device == "cuda"),
+        # Ray's default is to try for ever; a shard that ends four processes is at fault itself.
+        "max_task_retries": 3,
+    }
+
+
+def tasks(num_shards: int, shards_per_process: int) -> dict[str, Any]:
+    """Arguments of map_batches for light workers in processes that Ray has already started."""
+    wanted = math.ceil(num_shards / shards_per_process)
+    fitting = min(wanted, int(ray.cluster_resources().get("CPU", 1)))
+    return {"compute": ray.data.TaskPoolStrategy(size=max(fitting, 1)), "num_cpus": 1}
+
+
+def put(shard: Shard) -> Ref:
+    """A shard on its way to a worker."""
+    return ray.put(pa.Table.from_pylist([shard]))
+
+
+def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) -> Iterator[dict[str, Any]]:
+    """What the workers made of the shards, in the order in which they finish.
+
+    make_worker: called once in each process. resources: what `actors` or `tasks` returned. Raises UserError when
+    a worker raised one.
+    """
+    if not refs:
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the plan of every pipeline is no news to a user
+    dataset = ray.data.from_arrow_refs(refs)
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    # One shard is one batch, so that whatever finished is not done again.
+    function: Any = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
+    results = dataset.map_batches(
+        function,
+        fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
+        batch_size=None,
+        batch_format="pyarrow",
+        **resources,
+    )
+    start_s = logged_s = time.monotonic()
+    for number, row in enumerate(results.iter_rows(), 1):
+        if row["mistake"] is not None:
+            raise UserError(row["mistake"])
+        if time.monotonic() - logged_s > LOG_INTERVAL_S or number == len(refs):
+            logged_s = time.monotonic()
+            LOG.info("stage=%s shards=%d of=%d seconds=%.1f", stage, number, len(refs), logged_s - start_s)
+        yield json.loads(row["result"])
+
+
+class _Process:
+    """An actor of the pool."""
+
+    def __call__(self, batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
+        return _work(batch, make_worker, run_id)
+
+
+_worker: dict[str, Worker] = {}  # by run, since Ray keeps processes for later pipelines
+
+
+def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
+    try:
+        if run_id not in _worker:
+            _worker.clear()
+            _worker[run_id] = make_worker()
+        results = [json.dumps(_worker[run_id](shard)) for shard in batch.to_pylist()]
+    except UserError as error:  # as a value: Ray Data's own exceptions do not carry it to the driver
+        return pa.table({"result": pa.array([None], pa.string()), "mistake": [str(error)]})
+    return pa.table({"result": results, "mistake": pa.array([None] * len(results), pa.string())})

@@ -1,0 +1,47 @@
+"""Stand-ins for tests of the protocol: an engine that plays a script, and a client that can hang up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from medusa_ray.medusa.engine import Counters, Delta
+from medusa_ray.medusa.scheduler import Request
+
+
+class ScriptedEngine:
+    """Replies to every request with the same steps, whatever the prompt: [[token, ...], ...]."""
+
+    num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
+
+    def __init__(
+        self, steps: list[list[int]], finish_reason: str = "stop", max_total_tokens: int = 512
+    ) -> None:
+        self.steps, self.finish_reason, self.max_total_tokens = steps, finish_reason, max_total_tokens
+        self.failure: Exception | None = None
+        self.counters = Counters()
+        self.requests: list[Request] = []
+        self.num_cancelled = 0
+        self.gate = asyncio.Event()  # closed after `steps_before_gate` steps of a request
+        self.steps_before_gate = len(steps) + 1
+
+    def check(self, request: Request) -> None:
+        if max(request.prompt_ids) >= 262:
+            raise ValueError("the prompt has token ids outside 0 ... 261.")
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        self.requests.append(request)
+        if self.failure:
+            raise RuntimeError(f"the engine has failed: {self.failure}")
+        histogram: list[int] = []
+        is_done = False
+        try:
+            for i, step in enumerate(self.steps):
+                if i >= self.steps_before_gate:
+                    await self.gate.wait()
+                await asyncio.sleep(0)
+                if i:  # the first step is the prefill, which accepts nothing
+                    histogram += [0] * (len(step) - len(histogram))
+                    histogram[len(step) - 1] += 1
+                is_done = i == len(self.steps) - 1
+                yield Delta(step, self.finish_reason if is_done else None, i, list(histogram))
+        finally:
+            self.num_cancelled += not is_done

@@ -1,0 +1,268 @@
+"""A killed run goes on and ends with the same rows; the rows are what the engine says when it is called alone."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from medusa_ray import distill, parts, provenance, records
+from medusa_ray.chat import Chat
+from medusa_ray.config import RunConfig, UserError
+from medusa_ray.medusa.engine import Completion, Engine, Request
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+NUM_PROMPTS = 20
+BAD = 7  # index of a prompt that came with an error
+HUGE = 11  # index of a prompt that no engine can serve
+
+
+def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
+    """Two files of prompts, as the data stage writes them."""
+    chat = Chat.load(str(base))
+    rows = []
+    for i in range(NUM_PROMPTS):
+        messages = [{"role": "user", "content": f"{'why ' * (i % 5)}{i}"}]
+        reference = None if i == 3 else f"because {i}"
+        row = {
+            "id": f"chat{i:02}/0",
+            "messages": messages,
+            "prompt_ids": [4] * 510 if i == HUGE else chat.prompt_ids(messages),
+            "reference": reference,
+            "reference_ids": reference and chat.reply_ids(messages, reference),
+            "error": None,
+        }
+        if i == BAD:
+            row |= {"prompt_ids": [], "reference_ids": None, "error": "too long: very"}
+        rows.append(row)
+    for index, some in enumerate((rows[:13], rows[13:])):
+        table = pa.Table.from_pylist(some, records.PROMPTS)
+        parts.write(f"{folder}/prompts/train", parts.part_name(index), table)
+    provenance.write(f"{folder}/prompts", {}, {}, splits={"train": {"longest_prompt_tokens": 510}})
+    return rows
+
+
+def config_of(folder: Path, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
+    options = {"batch_size": 1, "max_new_tokens": 12, **options}
+    return RunConfig.model_validate(
+        {
+            "output": str(folder),
+            "model": {"base": str(base), "dtype": "float32", "device": "cpu"},
+            "data": {"train": "-"},
+            "distill": options,
+            "hidden": {"mode": mode},
+        }
+    )
+
+
+def rows_of(config: RunConfig, artifact: str) -> list[dict[str, Any]]:
+    folder = config.artifact(artifact)
+    return [row for name in parts.names(folder) for row in parts.read(folder, name).to_pylist()]
+
+
+class Parrot:
+    """Stands in for an engine: answers with the seed's digits. Kills its process once: while the file `flag` is missing."""
+
+    hidden_size = 2
+
+    def __init__(self, flag: str | None = None) -> None:
+        self.flag = flag
+
+    def check(self, request: Request) -> None:
+        if len(request.prompt_ids) + request.max_new_tokens > 512:
+            raise ValueError("the limit is 512.")
+
+    def generate(self, prompts: list[list[int]], seed: list[int], **options: Any) -> list[Completion]:
+        if self.flag and not Path(self.flag).exists():
+            Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        tokens = [[int(digit) for digit in str(s)[:5]] for s in seed]
+        return [Completion(t, "stop", 5, [5], torch.ones(5, 2)) for t in tokens]
+
+
+def parrot(base: str, **options: Any) -> Parrot:
+    return Parrot()
+
+
+# -------------------------------------------------------------------------------------------- without Ray
+
+
+def worker(config: RunConfig, load_engine: Any = parrot, is_captured: bool = True) -> distill.Generator:
+    prompts, distilled, hidden = (config.artifact(name) for name in ("prompts", "distilled", "hidden"))
+    base = config.model.base
+    return distill.Generator(config, base, "cpu", 510, prompts, distilled, hidden if is_captured else None, load_engine)
+
+
+def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, tiny_base: Path) -> None:
+    make_prompts(tmp_path, tiny_base)
+    shards = list(distill.plan(f"{tmp_path}/prompts/train", 4))
+    assert [(shard["source"], shard["start"], shard["length"]) for shard in shards] == [
+        ("part-000000", 0, 4), ("part-000000", 4, 4), ("part-000000", 8, 4), ("part-000000", 12, 1),
+        ("part-000001", 0, 4), ("part-000001", 4, 3),
+    ]  # fmt: skip
+    assert [shard["part"] for shard in shards] == [parts.part_name(i) for i in range(6)]
+    assert shards == list(distill.plan(f"{tmp_path}/prompts/train", 4))
+
+
+def test_seeds_differ_by_row_and_by_run_but_never_by_chance() -> None:
+    seeds = {distill.seed_of(seed, f"chat{i}/0") for seed in range(3) for i in range(100)}
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert distill.seed_of(0, "chat0/0") == 7609246971096445180
+
+
+def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tiny_base: Path) -> None:
+    prompts = make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    generator = worker(config)
+    for shard in distill.plan(f"{tmp_path}/prompts/train", 4):
+        generator(shard)
+    rows = rows_of(config, "distilled")
+    assert [row["id"] for row in rows] == [f"{prompt['id']}/0" for prompt in prompts]
+    errors = {i: row["error"] for i, row in enumerate(rows) if row["error"]}
+    assert errors == {BAD: "too long: very", HUGE: "refused by the engine: the limit is 512."}
+    good = [row for row in rows if not row["error"]]
+    assert all(row["reply_ids"] == [int(d) for d in str(distill.seed_of(0, row["id"][:-2]))[:5]] for row in good)
+    hidden = rows_of(config, "hidden")
+    assert [row["id"] for row in hidden] == [row["id"] for row in good]
+    facts = distill._facts(config.artifact("distilled"))
+    assert facts == {
+        "rows": {"in": 20, "good": 18, "errors": {"too long": 1, "refused by the engine": 1}},
+        "finish_reasons": {"stop": 18},
+        "num_reply_tokens": 90,
+    }
+
+
+def test_hidden_rows_are_the_states_at_positions_that_some_label_needs(tmp_path: Path, tiny_base: Path) -> None:
+    """A state too many or one place off still trains; only acceptance drops."""
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    generator = worker(config, Engine.load)
+    generator({"part": "part-000000", "source": "part-000000", "start": 0, "length": 2})
+    table = parts.read(config.artifact("hidden"), "part-000000")
+    assert table.schema.equals(records.HIDDEN)
+    assert table.schema.metadata == {b"dtype": b"float32", b"hidden_size": b"32"}
+    for row, reply in zip(table.to_pylist(), rows_of(config, "distilled"), strict=True):
+        num_prompt, num_reply = len(reply["prompt_ids"]), len(reply["reply_ids"])
+        assert row["input_ids"] == reply["prompt_ids"] + reply["reply_ids"]
+        assert row["position"] == list(range(num_prompt - 1, num_prompt + num_reply - 2))
+        assert row["label_mask"] == [False] * num_prompt + [True] * num_reply
+        state_TC = torch.frombuffer(bytearray(row["hidden"]), dtype=torch.float32).view(-1, 32)
+        logits_TV = generator.engine.model.get_output_embeddings()(state_TC)
+        assert logits_TV.argmax(-1).tolist() == reply["reply_ids"][:-1]
+
+
+def test_a_reply_of_one_token_leaves_no_hidden_row(tmp_path: Path, tiny_base: Path) -> None:
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base, max_new_tokens=1)
+    worker(config, Engine.load)({"part": "part-000000", "source": "part-000000", "start": 0, "length": 2})
+    assert len(rows_of(config, "distilled")) == 2
+    table = parts.read(config.artifact("hidden"), "part-000000")
+    assert len(table) == 0
+    assert table.schema.equals(records.HIDDEN)
+
+
+def test_half_precision_states_keep_their_bytes(tmp_path: Path, tiny_base: Path) -> None:
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    worker(config, Engine.load)({"part": "part-000000", "source": "part-000000", "start": 0, "length": 1})
+    table = parts.read(config.artifact("hidden"), "part-000000")
+    assert table.schema.metadata[b"dtype"] == b"bfloat16"
+    (row,) = table.to_pylist()
+    assert len(row["hidden"]) == len(row["position"]) * 32 * 2
+
+
+def test_given_replies_are_the_chats_own(tmp_path: Path, tiny_base: Path) -> None:
+    prompts = make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base, mode="compute", replies="given")
+    copier = distill.Copier(str(tiny_base), config.model, config.artifact("prompts"), config.artifact("distilled"))
+    for shard in distill.plan(f"{tmp_path}/prompts/train", 4):
+        copier(shard)
+    rows = rows_of(config, "distilled")
+    errors = {i: row["error"].split(":")[0] for i, row in enumerate(rows) if row["error"]}
+    assert errors == {3: "no reply", BAD: "too long", HUGE: "too long"}
+    for prompt, row in zip(prompts, rows, strict=True):
+        if row["error"] is None:
+            assert row["reply_ids"] == prompt["reference_ids"]
+            assert row["finish_reason"] == "stop"
+
+
+def test_only_what_shapes_the_rows_makes_another_run(tmp_path: Path, tiny_base: Path) -> None:
+    make_prompts(tmp_path, tiny_base)
+    keys = [
+        provenance.key(*distill.identity(config_of(tmp_path, tiny_base, **options)))
+        for options in ({}, {"num_actors": 2}, {"mode": "compute"}, {"seed": 1}, {"temperature": 0.5})
+    ]
+    assert keys[0] == keys[1] == keys[2]
+    assert len(set(keys)) == 3
+    provenance.write(f"{tmp_path}/prompts", {"num_train": 5}, {})
+    assert provenance.key(*distill.identity(config_of(tmp_path, tiny_base))) not in keys
+
+
+def test_prompts_that_are_not_finished_are_not_distilled(tmp_path: Path, tiny_base: Path) -> None:
+    with pytest.raises(UserError, match="prompts is not finished. Run the data stage first"):
+        distill.run(config_of(tmp_path, tiny_base))
+
+
+# -------------------------------------------------------------------------------------------- with Ray
+
+
+@pytest.mark.ray
+def test_rows_are_what_the_engine_says_when_it_is_called_alone(
+    ray_cluster: None, tmp_path: Path, tiny_base: Path
+) -> None:
+    """Sampled, so that a seed that depends on the shard, the actor or the batch would show."""
+    prompts = make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base, temperature=1.0, seed=3, num_actors=2)
+    assert distill.run(config) == config.artifact("distilled")
+    engine = Engine.load(str(tiny_base), max_batch_size=3, max_total_tokens=512)
+    good = [prompt for i, prompt in enumerate(prompts) if i not in (BAD, HUGE)]
+    seeds = [distill.seed_of(3, prompt["id"]) for prompt in good]
+    alone = engine.generate([p["prompt_ids"] for p in good], max_new_tokens=12, temperature=1.0, seed=seeds)
+    rows = [row for row in rows_of(config, "distilled") if row["error"] is None]
+    assert [row["reply_ids"] for row in rows] == [completion.token_ids for completion in alone]
+    assert [row["finish_reason"] for row in rows] == [completion.finish_reason for completion in alone]
+    assert provenance.read(config.artifact("distilled"))["rows"]["good"] == 18
+
+    written = (tmp_path / "distilled" / "part-000000.parquet").stat().st_mtime_ns
+    distill.run(config)
+    assert (tmp_path / "distilled" / "part-000000.parquet").stat().st_mtime_ns == written
+
+
+@pytest.mark.ray
+def test_a_killed_run_goes_on_and_a_killed_actor_is_replaced(
+    ray_cluster: None, tmp_path: Path, tiny_base: Path
+) -> None:
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    # The state in which a killed run leaves things: two parts whole, one with only its hidden half, one begun.
+    distilled, hidden = tmp_path / "distilled", tmp_path / "hidden"
+    for folder in (distilled, hidden):
+        parts.begin(str(folder), provenance.key(*distill.identity(config)))
+    generator = worker(config)
+    for shard in list(distill.plan(f"{tmp_path}/prompts/train", 4))[:3]:
+        generator(shard)
+    (distilled / "part-000002.parquet").unlink()
+    (distilled / "part-000003.parquet.0123.unfinished").write_bytes(b"PAR1")
+    whole = (distilled / "part-000001.parquet").stat().st_mtime_ns
+
+    flag = tmp_path / "killed"
+    distill.run(config, lambda base, **options: Parrot(str(flag)))
+    assert flag.exists()
+    assert (distilled / "part-000001.parquet").stat().st_mtime_ns == whole
+    assert provenance.read(str(distilled))["rows"]["good"] == 18
+
+    fresh = config_of(tmp_path / "fresh", tiny_base)
+    make_prompts(tmp_path / "fresh", tiny_base)
+    generator = worker(fresh)
+    for shard in distill.plan(f"{tmp_path}/fresh/prompts/train", 4):
+        generator(shard)
+    assert rows_of(config, "distilled") == rows_of(fresh, "distilled")
+    assert rows_of(config, "hidden") == rows_of(fresh, "hidden")

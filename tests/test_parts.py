@@ -1,0 +1,79 @@
+"""What is on disk at any moment is what a killed run can go on with."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from medusa_ray import parts, provenance
+from medusa_ray.config import UserError
+
+TABLE = pa.table({"id": ["a", "b"]})
+
+
+def test_parts_of_the_same_key_are_kept_and_others_are_cleared(tmp_path: Path) -> None:
+    folder = str(tmp_path / "distilled")
+    assert parts.begin(folder, "key") == set()
+    parts.write(folder, parts.part_name(1), TABLE)
+    assert parts.begin(folder, "key") == {"part-000001"}
+    assert parts.begin(folder, "another key") == set()
+    assert parts.names(folder) == []
+    assert parts.begin(folder, "key") == set()
+
+
+def test_a_folder_half_cleared_does_not_look_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path)
+    parts.write(folder, parts.part_name(0), TABLE)
+    provenance.write(folder, {}, {})
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.find", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        parts.clear(folder)
+    assert not provenance.is_complete(folder, {}, {})
+
+
+def test_clearing_leaves_what_others_put_there(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    parts.write(str(tmp_path), "train/part-000000", TABLE)
+    (tmp_path / "train" / "part-000001.parquet.0123.unfinished").touch()
+    parts.clear(str(tmp_path))
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["notes.txt"]
+
+
+def test_a_part_that_could_not_be_written_whole_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts.write(str(tmp_path), "part-000000", TABLE)
+
+    def fall_over(table: pa.Table, file: object) -> None:
+        file.write(b"PAR1")  # type: ignore[attr-defined]  # any binary file
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", fall_over)
+    for name in ("part-000000", "part-000001"):
+        with pytest.raises(OSError, match="no space"):
+            parts.write(str(tmp_path), name, TABLE.slice(1))
+    assert parts.names(str(tmp_path)) == ["part-000000"]
+    assert parts.read(str(tmp_path), "part-000000") == TABLE
+
+
+def test_parts_are_named_in_the_order_of_their_rows(tmp_path: Path) -> None:
+    for index in (10, 2, 100):
+        parts.write(str(tmp_path), parts.part_name(index), TABLE.slice(0, 1))
+    assert parts.names(str(tmp_path)) == ["part-000002", "part-000010", "part-000100"]
+    assert parts.num_rows(str(tmp_path), "part-000010") == 1
+    assert parts.names(str(tmp_path / "nowhere")) == []
+
+
+def test_parts_can_live_wherever_fsspec_reaches() -> None:
+    folder = "memory://bucket/distilled"
+    parts.begin(folder, "key")
+    parts.write(folder, "part-000000", TABLE)
+    assert parts.begin(folder, "key") == {"part-000000"}
+    assert parts.read(folder, "part-000000", ["id"]) == TABLE
+    assert parts.absolute(folder) == "memory:///bucket/distilled"
+
+
+def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/distilled cannot be written: .* Set output to a place"):
+        parts.begin(str(tmp_path / "file" / "distilled"), "key")

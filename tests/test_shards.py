@@ -1,0 +1,59 @@
+"""A pool no larger than asked for, and mistakes that reach the user as mistakes."""
+
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from medusa_ray import shards
+from medusa_ray.config import ModelConfig, UserError
+
+
+@pytest.fixture
+def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    return lambda **resources: monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+
+
+def test_auto_takes_a_gpu_where_there_is_one(cluster_of: Callable[..., None]) -> None:
+    cluster_of(CPU=4.0, GPU=1.0)
+    assert [shards.device_of(ModelConfig(base="b", device=device)) for device in ("auto", "cpu", "cuda")] == [
+        "cuda", "cpu", "cuda",
+    ]  # fmt: skip
+    cluster_of(CPU=4.0)
+    assert shards.device_of(ModelConfig(base="b")) == "cpu"
+    with pytest.raises(UserError, match="model.device is 'cuda', but no node of Ray has a GPU"):
+        shards.device_of(ModelConfig(base="b", device="cuda"))
+
+
+def test_a_pool_is_no_larger_than_the_cluster_the_wish_or_the_work(cluster_of: Callable[..., None]) -> None:
+    """A pool that asks for more than there is waits for ever."""
+    cluster_of(CPU=4.0, GPU=2.0)
+    assert shards.actors(3, 10, "cpu")["compute"].max_size == 3
+    assert shards.actors(9, 10, "cpu")["compute"].max_size == 4
+    assert shards.actors(9, 10, "cuda")["compute"].max_size == 2
+    assert shards.actors(9, 1, "cpu")["compute"].max_size == 1
+    assert shards.tasks(13, 6)["compute"].size == 3
+    assert shards.tasks(1000, 6)["compute"].size == 4
+
+
+def test_no_shards_need_no_pipeline() -> None:
+    assert list(shards.run("data", [], lambda: dict, compute=None)) == []
+
+
+@pytest.mark.ray
+def test_a_users_mistake_in_a_worker_reaches_the_user(ray_cluster: None) -> None:
+    """Ray Data wraps what a worker raises; the user would read a page of traceback."""
+
+    def make_worker() -> shards.Worker:
+        def work(shard: shards.Shard) -> dict[str, int]:
+            if shard["n"] == 2:
+                raise UserError("two is one too many")
+            return {"twice": 2 * shard["n"]}
+
+        return work
+
+    good = [shards.put({"n": n}) for n in (0, 1)]
+    results = shards.run("test", good, make_worker, **shards.tasks(2, 1))
+    assert sorted(result["twice"] for result in results) == [0, 2]
+    with pytest.raises(UserError, match="^two is one too many$"):
+        list(shards.run("test", [*good, shards.put({"n": 2})], make_worker, **shards.tasks(3, 1)))
