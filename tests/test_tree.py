@@ -48,7 +48,7 @@ def test_a_malformed_tree_is_refused_by_its_path(paths, message):
 
 def test_calibration_takes_the_paths_that_text_followed_most_often():
     """Separate accuracies would prefer (0, 0); only the joint count sees that head 1 is right when head 0 is not."""
-    ranks = [[0, 5], [0, 5], [0, 5], [1, 0], [1, 0], [2, 0], *[[-1, 0]] * 9, *[[3, -1]]]
+    ranks = [[0, 5], [0, 5], [0, 5], [1, 0], [1, 0], [2, 0], *[[-1, 0]] * 9, *[[3, -2]]]
     tree = Tree.calibrated(torch.tensor(ranks), num_nodes=4)
     assert tree.paths == ((0,), (0, 5), (1,), (1, 0))
 

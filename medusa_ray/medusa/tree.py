@@ -13,6 +13,7 @@ before children, so a prefix of the paths is itself a tree: changing size is a s
 # N tree nodes, the root included   D depth   P positions   H heads
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -61,15 +62,15 @@ class Tree:
     def calibrated(cls, rank_PH: Tensor, num_nodes: int) -> "Tree":
         """The tree of `num_nodes` guesses that held-out text would have accepted most often.
 
-        rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came; -1 where that token is
-        not among the ranks kept, or none came. A path's worth is the number of positions that follow it to its end. Counting whole paths measures each node's chance given that
+        rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came; negative where that
+        token is not among the ranks kept, or none came. A path's worth is the number of positions that follow it to its end. Counting whole paths measures each node's chance given that
         its parent was right; the product of the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
         construction) assumes that heads fail independently, which they do not. A child is never worth more than its
         parent, so taking the best paths one by one always gives a tree.
         """
         worth: Counter[RankPath] = Counter()
         for ranks in rank_PH.tolist():
-            followed = ranks[: ranks.index(-1)] if -1 in ranks else ranks
+            followed = list(itertools.takewhile(lambda rank: rank >= 0, ranks))
             worth.update(tuple(followed[:depth]) for depth in range(1, len(followed) + 1))
         best = sorted(worth, key=lambda path: (-worth[path], len(path), path))
         return cls.from_paths(best[:num_nodes])
