@@ -39,6 +39,7 @@ Row = dict[str, Any]  # one row of records.REQUESTS
 Report = dict[str, Any]  # the JSON file of one run of GuideLLM
 
 CHECK_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 300.0  # for GuideLLM's imports on a machine that is busy with other things
 AGGREGATES = (
     "requests_per_second", "request_latency", "time_to_first_token_ms", "inter_token_latency_ms",
@@ -115,7 +116,7 @@ def clear(output: str) -> None:
 
 
 def plan(config: TrafficConfig) -> Iterator[tuple[int, str, str]]:
-    """(round, load, arm) in the order of measurement. The arms take turns at each load, and in who goes first."""
+    """(round, load, arm) in the order of measurement: arms take turns at each load, and in who is first."""
     for round_ in range(config.rounds):
         arms = list(config.targets)[:: -1 if round_ % 2 else 1]
         for load in config.loads:
@@ -142,7 +143,7 @@ def read_prompts(uri: str) -> list[Messages]:
         prompts = [_prompt_of(line, f"{uri}, line {i},") for i, line in lines]
     else:
         raise UserError(
-            f"prompts is {uri!r}, where nothing is. Run `medusa-ray data` first, or give a JSONL file of chats."
+            f"prompts is {uri!r}, but nothing is there. Run `medusa-ray data`, or give a JSONL file of chats."
         )
     if not prompts:
         raise UserError(f"{uri} holds no chats to send; expected rows with `messages` and without an error.")
@@ -160,7 +161,8 @@ def _prompt_of(line: str, where: str) -> Messages:
         messages = [{"role": str(message["role"]), "content": str(message["content"])} for message in chat]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{where} is no chat ({error!r}); expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}.'
+            f"{where} is no chat ({error!r}); expected was "
+            '{"messages": [{"role": ..., "content": ...}, ...]}.'
         ) from error
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -173,13 +175,13 @@ def _prompt_of(line: str, where: str) -> Messages:
 
 
 def check(name: str, target: TargetConfig, prompt: Messages, config: TrafficConfig) -> Any:
-    """The target's /info, or None where it has none. Raises UserError when it does not answer a first prompt."""
+    """The target's /info, or None where it has none. Raises UserError unless it answers a first prompt."""
     try:
         models = [model["id"] for model in _get(f"{target.url}/v1/models")["data"]]
     except urllib.error.HTTPError as error:
         raise UserError(
-            f"target {name} answers {error.code} to {target.url}/v1/models; expected was a list of models. Set "
-            f"targets.{name}.url to the server's base URL with its route prefix, but without /v1."
+            f"target {name} answers {error.code} to {target.url}/v1/models, which should list models. Set "
+            f"targets.{name}.url to the server's base URL, with its route prefix and without /v1."
         ) from error
     except OSError as error:
         raise UserError(
@@ -261,16 +263,18 @@ def arguments(config: TrafficConfig, target: TargetConfig, load: str, data: Path
         "model": target.model,
         "max_tokens": config.max_tokens,
         "extras": {"body": {"temperature": config.temperature, "seed": config.seed}},
-        "validate_backend": False,  # would ask for /health, which not every server has; `check` asked for more
+        "validate_backend": False,  # it asks for /health, which not every server has; `check` asks for more
     }
-    options = {
-        "--backend": backend,
-        "--profile": profile,
-        "--data": {"kind": "parquet_file", "path": str(data)},
-        # A run ends with its prompts; this is for one that takes too long.
-        "--constraint": {"kind": "max_duration", "seconds": config.max_seconds},
-    }
-    words = [word for name, value in options.items() for word in (name, json.dumps(value))]
+    options: list[tuple[str, Any]] = [
+        ("--backend", backend),
+        ("--profile", profile),
+        ("--data", {"kind": "parquet_file", "path": str(data)}),
+        # The data end here too, but GuideLLM 0.8.1 never returns when the last request ends (as it does at once on
+        # a dead server) before it has noticed that.
+        ("--constraint", {"kind": "max_requests", "count": config.num_requests}),
+        ("--constraint", {"kind": "max_duration", "seconds": config.max_seconds}),
+    ]
+    words = [word for name, value in options for word in (name, json.dumps(value))]
     return ["run", "--disable-console", *words]
 
 
@@ -282,11 +286,13 @@ class GuideLLM:
         self._result = folder / "result.json"
         self._log = folder / "guidellm.log"
         environment = {
-            "GUIDELLM__MAX_WORKER_PROCESSES": "1",  # raise it where one process cannot keep up with the server
+            "GUIDELLM__MAX_WORKER_PROCESSES": "1",  # more are for servers that one cannot keep up with
             "GUIDELLM__LOGGING__CONSOLE_LOG_LEVEL": "WARNING",
             **os.environ,
             "GUIDELLM__MP_CONTEXT_TYPE": "forkserver",
-            "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "0.1",  # seconds, of 1 by default
+            # Seconds that pass idly in every run, and their defaults: 1 and, several times, 0.1.
+            "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "0.1",
+            "GUIDELLM__MP_POLL_INTERVAL": "0.02",
             "HF_HUB_OFFLINE": "1",  # the prompts are a local file
             "HF_DATASETS_CACHE": str(folder / "cache"),
         }
@@ -305,16 +311,19 @@ class GuideLLM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # All of its session: GuideLLM's workers, and the server that forks them. There is nothing to be saved.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        # Its whole session, which has nothing left to do. Python's resource tracker ignores SIGTERM, and
+        # removes the semaphores of the others when they are gone.
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal_number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(END_TIMEOUT_S)
         self._stdout.close()
         with suppress(BrokenPipeError):
             self._stdin.close()
 
     def run(self, words: list[str], max_seconds: float) -> Report:
-        """What one command line measured. Raises RuntimeError with the end of GuideLLM's output when it fails."""
+        """What one command line measured. Raises RuntimeError, with the end of its output, when it fails."""
         self._result.unlink(missing_ok=True)
         line = json.dumps([*words, "--output", json.dumps({"kind": "json", "path": str(self._result)})])
         with suppress(BrokenPipeError):  # of a dead process; its answer is then empty
@@ -356,22 +365,23 @@ def serve_guidellm() -> None:
 def rows_of(report: Report, prompts: list[Messages], max_seconds: float) -> list[Row]:
     """Every request that one run began, as a row of records.REQUESTS without arm, load and round."""
     groups = report["benchmarks"][0]["requests"]
-    requests = [(status, request) for status, group in groups.items() for request in group]
-    # GuideLLM hands the prompts out in order, so those that it never came to are the last ones.
-    requests.sort(key=lambda pair: pair[1]["info"]["timings"]["queued"])
+    statuses = ("successful", "errored", "incomplete")
+    requests = [(status, request) for status in statuses for request in groups[status]]
+    # What a request held is known only where the server has answered. The others, in the order in which they were
+    # queued, held the prompts that are left: GuideLLM hands them out in order, and ends at the last one or in time.
+    requests.sort(key=lambda pair: (not pair[1]["request_args"], pair[1]["info"]["timings"]["queued"]))
+    left = {i: json.dumps(prompts[i % len(prompts)]) for i in range(max(len(requests), len(prompts)))}
     rows = []
-    for i, (status, request) in enumerate(requests):
-        prompt = i % len(prompts)
-        # Known only where the server has answered.
-        if request["request_args"]:
-            sent = json.loads(request["request_args"])["body"]["messages"]
-            assert sent == prompts[prompt], f"GuideLLM's request {i} holds {sent}, not {prompts[prompt]}"
-        rows.append({"prompt": prompt, **_row_of(status, request, max_seconds)})
+    for status, request in requests:
+        held = request["request_args"] and json.dumps(json.loads(request["request_args"])["body"]["messages"])
+        place = next(i for i, prompt in left.items() if not held or prompt == held)
+        del left[place]
+        rows.append({"prompt": place % len(prompts), **_row_of(status, request, max_seconds)})
     return rows
 
 
 def _row_of(status: str, request: dict[str, Any], max_seconds: float) -> Row:
-    # total_tokens is the server's count. GuideLLM's own would be of events, and an event may hold many tokens.
+    # The server's count. GuideLLM's own, elsewhere, would be of events, and an event may hold many tokens.
     output_tokens = request["output_metrics"]["total_tokens"]
     error = None
     if status == "incomplete":
@@ -403,14 +413,16 @@ def aggregates_of(report: Report) -> dict[str, float]:
 
 def not_comparable(rows: list[Row], config: TrafficConfig) -> list[str]:
     """The loads at which the arms did not get the same prompts in every round."""
-
-    def prompts_of(load: str, arm: str) -> list[tuple[int, int]]:
-        return sorted((row["round"], row["prompt"]) for row in rows if (row["load"], row["arm"]) == (load, arm))
-
+    sent: dict[tuple[str, str], list[tuple[int, int]]] = {
+        (load, arm): [] for load in config.loads for arm in config.targets
+    }
+    for row in rows:
+        sent[row["load"], row["arm"]].append((row["round"], row["prompt"]))
+    first = next(iter(config.targets))
     return [
         load
         for load in config.loads
-        if any(prompts_of(load, arm) != prompts_of(load, next(iter(config.targets))) for arm in config.targets)
+        if any(sorted(sent[load, arm]) != sorted(sent[load, first]) for arm in config.targets)
     ]
 
 

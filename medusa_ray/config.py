@@ -24,7 +24,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# --------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------------------- one run
 
 
 class ModelConfig(Strict):
@@ -37,10 +37,12 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where chats come from. Each split is a URI: a file, a folder, `s3://`, `hf://`, anything fsspec opens."""
+    """Where chats come from. Each split is a URI: file, folder, `s3://`, `hf://`, anything fsspec opens."""
 
     train: str = Field(description="Training chats; a folder means its train.* file.")
-    test: str | None = Field(None, description="Held-out chats; null takes the folder's test.* or splits train.")
+    test: str | None = Field(
+        None, description="Held-out chats; null takes the folder's test.* or splits train."
+    )
     out_of_domain: str | None = Field(None, description="Chats unlike the training ones, for contrast only.")
     num_train: int | None = Field(None, gt=0, description="Rows kept of train; null keeps all.")
     num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
@@ -58,7 +60,9 @@ class DistillConfig(Strict):
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
     max_new_tokens: int = Field(512, gt=0, description="Longest reply, in tokens.")
     temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution."
+    )
     seed: int = Field(0, ge=0, description="Each row draws from this seed and its own id.")
 
 
@@ -75,7 +79,9 @@ class HiddenConfig(Strict):
 class HeadsConfig(Strict):
     """The shape of the Medusa heads."""
 
-    num_heads: int = Field(3, gt=0, le=16, description="Head k guesses the token k + 2 places ahead (k from 0).")
+    num_heads: int = Field(
+        3, gt=0, le=16, description="Head k guesses the token k + 2 places ahead (k from 0)."
+    )
     num_layers: int = Field(1, gt=0, le=8, description="Residual blocks in each head.")
     layout: Literal["own", "shared"] = Field(
         "own", description="own: an output layer per head, copied from the base; shared: the base's own."
@@ -90,16 +96,22 @@ class TrainConfig(Strict):
     batch_size: int = Field(512, gt=0, description="Positions in one worker's micro-batch.")
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate, after warm-up.")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape after warm-up."
+    )
     warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     head_weight: float = Field(1.0, gt=0, le=1, description="Head k's loss counts head_weight ** k.")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the heads.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of the heads while training.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Dtype of the heads while training."
+    )
     seed: int = Field(0, ge=0, description="Order of the rows and initial weights.")
     logging_steps: int = Field(10, gt=0, description="Optimizer steps between logged lines.")
-    save_steps: int = Field(500, gt=0, description="Optimizer steps between checkpoints; each epoch's end has one.")
+    save_steps: int = Field(
+        500, gt=0, description="Optimizer steps between checkpoints; each epoch's end has one."
+    )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
 
 
@@ -108,10 +120,15 @@ class EvaluateConfig(Strict):
 
     tree_nodes: int = Field(8, gt=0, le=64, description="Nodes of the calibrated tree, its root not counted.")
     calibration_share: float = Field(
-        0.4, gt=0, lt=1, description="Share of the held-out prompts that shapes the tree; the others score it."
+        0.4,
+        gt=0,
+        lt=1,
+        description="Share of the held-out prompts that shapes the tree; the others score it.",
     )
     num_parity: int = Field(200, gt=0, description="Prompts decoded by Medusa, baseline and transformers.")
-    num_speed: int = Field(40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it.")
+    num_speed: int = Field(
+        40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it."
+    )
     max_new_tokens: int = Field(128, gt=0, description="Longest reply while evaluating, in tokens.")
 
 
@@ -142,7 +159,7 @@ class RunConfig(Strict):
         return f"{self.output.rstrip('/')}/{name}"
 
 
-# --------------------------------------------------------------------------------------------------- serving
+# ---------------------------------------------------------------------------------------------------- serving
 
 
 class EngineConfig(Strict):
@@ -159,8 +176,12 @@ class EngineConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
     max_total_tokens: int = Field(2048, gt=0, description="Longest prompt plus reply, in tokens.")
-    max_queued_requests: int = Field(256, ge=0, description="Requests that may wait; one more is answered 429.")
-    threads: int | None = Field(None, gt=0, description="torch threads on a CPU; null leaves torch's own choice.")
+    max_queued_requests: int = Field(
+        256, ge=0, description="Requests that may wait; one more is answered 429."
+    )
+    threads: int | None = Field(
+        None, gt=0, description="torch threads on a CPU; null leaves torch's own choice."
+    )
 
 
 class HttpOptions(Strict):
@@ -221,11 +242,13 @@ class ServeConfig(Strict):
             values = [getattr(app, what) for app in self.applications]
             twice = {v for v in values if values.count(v) > 1}
             if twice:
-                raise ValueError(f"two applications share the {what} {sorted(twice)[0]!r}; give each its own.")
+                raise ValueError(
+                    f"two applications share the {what} {sorted(twice)[0]!r}; give each its own."
+                )
         return self
 
 
-# --------------------------------------------------------------------------------------------------- traffic
+# ---------------------------------------------------------------------------------------------------- traffic
 
 
 class TargetConfig(Strict):
@@ -242,7 +265,9 @@ class TrafficConfig(Strict):
     output: str = Field(description="Folder that takes requests.parquet and GuideLLM's own files.")
     prompts: str = Field(description="A prompts split written by `medusa-ray data`, or JSONL of chats.")
     tokenizer: str = Field(description="Folder or hub name of the tokenizer that counts tokens.")
-    targets: dict[str, TargetConfig] = Field(min_length=1, description="Arms by name, e.g. baseline and medusa.")
+    targets: dict[str, TargetConfig] = Field(
+        min_length=1, description="Arms by name, e.g. baseline and medusa."
+    )
     loads: list[str] = Field(
         default=["synchronous", "concurrency=1", "concurrency=4", "concurrency=16", "throughput"],
         description="synchronous, throughput, or concurrency=N.",
@@ -263,12 +288,13 @@ class TrafficConfig(Strict):
             known = load in ("synchronous", "throughput") or (kind == "concurrency" and number.isdecimal())
             if not known or number == "0":
                 raise ValueError(
-                    f"loads has {load!r}; expected 'synchronous', 'throughput' or 'concurrency=N' with N of at least 1."
+                    f"loads has {load!r}; expected 'synchronous', 'throughput' or 'concurrency=N' with N "
+                    "of at least 1."
                 )
         return self
 
 
-# --------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 Config = TypeVar("Config", bound=Strict)
 
@@ -326,7 +352,7 @@ def load(kind: type[Config], uri: str | Path, overrides: Sequence[str] = ()) -> 
 
 
 def kind_of(raw: dict[str, Any]) -> type[Strict]:
-    """What these values mean to be, a run, a serve file or traffic: the schema that knows most of their keys."""
+    """A run, a serve file or traffic, whichever these values mean to be: it knows most of their keys."""
     kinds: list[type[Strict]] = [RunConfig, ServeConfig, TrafficConfig]
     return max(kinds, key=lambda kind: sum(bool(_close(str(key), kind.model_fields)) for key in raw))
 
@@ -377,12 +403,14 @@ def _explain(kind: type[Strict], problem: Any) -> str:
 def _locate(kind: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[Strict] | None]:
     """Dotted key of a problem, and the section that it stands in.
 
-    pydantic puts the branch of a union into the place, `tree.list[list[int]]`; no user wrote that, so it is left
-    out.
+    pydantic puts the branch of a union into the place, `tree.list[list[int]]`; no user wrote that, so it is
+    left out.
     """
     parts: list[str] = []
     section: type[Strict] | None = kind
-    inner: Any = kind  # where a further part is looked up: a section, a list or dict of sections, a plain type
+    inner: Any = (
+        kind  # where a further part is looked up: a section, a list or dict of sections, a plain type
+    )
     for part in loc:
         if isinstance(part, str) and not _model_of(inner):
             break
@@ -408,7 +436,9 @@ def _nearest(kind: type[Strict], section: type[Strict] | None, path: str) -> str
 
 def _close(name: str, names: Iterable[str]) -> str | None:
     """The name that looks most like this one, or that has it for a part."""
-    near = difflib.get_close_matches(name, names, n=1) or [other for other in names if name in other.split("_")]
+    near = difflib.get_close_matches(name, names, n=1) or [
+        other for other in names if name in other.split("_")
+    ]
     return near[0] if near else None
 
 

@@ -89,8 +89,8 @@ def _count(results: Iterator[dict[str, Any]], sources: dict[str, list[str]]) -> 
             number, error = firsts[split]
             file = _named(sources.get(split) or sources["train"])
             raise UserError(
-                f"{file}: none of {splits[split]['in']} chats for {split} can be used. The first, row {number}, "
-                f"has this fault: {error}. {EXPECTED}"
+                f"{file}: none of {splits[split]['in']} chats for {split} can be used. "
+                f"The first, row {number}, has this fault: {error}. {EXPECTED}"
             )
     return splits
 
@@ -187,8 +187,8 @@ def _held_out(files: list[str], num_test: int | None) -> str:
 def read_chats(files: list[str]) -> Iterator[Row]:
     """Every chat of the files, under an id of its own.
 
-    Without an id a chat is named by its content; equal ids of equal chats get `#2` and so on. Raises UserError
-    for a file that is unreadable or empty, and for a row that is no chat or whose id another chat has.
+    Without an id a chat is named by its content; equal ids of equal chats get `#2` and so on. Raises
+    UserError for a file that is unreadable or empty, and for a row that is no chat or whose id another has.
     """
     digests: dict[str, str] = {}  # by id
     repeats: Counter[str] = Counter()
@@ -200,8 +200,8 @@ def read_chats(files: list[str]) -> Iterator[Row]:
             row_id = digest[:16] if given_id in (None, "") else str(given_id)
             if digests.get(row_id, digest) != digest:
                 raise UserError(
-                    f"{file} row {number} has the id {row_id!r}, and so has another chat. Make ids unique, or leave "
-                    "them out."
+                    f"{file} row {number} has the id {row_id!r}, and so has another chat. "
+                    "Make ids unique, or leave them out."
                 )
             unique = row_id
             while unique in digests:
@@ -408,7 +408,7 @@ def _render(
     reference_ids = None
     if messages is not None and reference is not None:
         try:
-            reference_ids = chat.reply_ids(messages, reference)
+            reference_ids = chat.reply_ids(messages, reference, prompt_ids)
         except ValueError:  # the prompt is good all the same; only distill.replies: given needs these ids
             reference_ids = None
     return _row(row_id, messages, reference, prompt_ids, reference_ids)

@@ -1,8 +1,9 @@
 """Prompts -> what the base itself answers to them, token by token, and the hidden states it passed through.
 
-Ray Data deals shards of prompts to a pool of engines that have no heads. A shard becomes one part of distilled/
-(and of hidden/, when it is captured) that is whole or absent, and a row draws its noise from the seed and its own id
-alone: a run that was killed anywhere goes on with the missing parts and ends with the same rows.
+Ray Data deals shards of prompts to a pool of engines that have no heads. A shard becomes one part of
+distilled/ (and of hidden/, when it is captured) that is whole or absent, and a row draws its noise from the
+seed and its own id alone: a run that was killed anywhere goes on with the missing parts and ends with the
+same rows.
 """
 
 import functools
@@ -25,9 +26,9 @@ LoadEngine = Callable[..., Any]
 
 
 def run(config: RunConfig, load_engine: LoadEngine | None = None) -> str:
-    """Writes distilled/*.parquet and returns the URI of distilled/: a row for each training prompt, in their order.
+    """Writes distilled/*.parquet, a row for each training prompt in their order, and returns its URI.
 
-    With hidden.mode `capture` the parts of hidden/ are written too; the hidden stage then declares them finished.
+    With hidden.mode `capture` the parts of hidden/ are written too; the hidden stage declares them finished.
     load_engine: stands in for Engine.load. Raises UserError when prompts/ is not finished.
     """
     prompts, distilled, hidden = (

@@ -19,8 +19,8 @@ Row = dict[str, Any]
 def run(config: RunConfig) -> str:
     """Writes hidden/*.parquet and returns the URI of hidden/.
 
-    A row with an error, or with a reply too short to leave a label, has no hidden row; both are counted. Raises
-    UserError when distilled/ is not finished.
+    A row with an error, or with a reply too short to leave a label, has no hidden row; both are counted.
+    Raises UserError when distilled/ is not finished.
     """
     distilled, hidden = (parts.absolute(config.artifact(name)) for name in ("distilled", "hidden"))
     settings = config.model.model_dump(include={"revision", "dtype"})
@@ -57,7 +57,7 @@ def _facts(distilled: str, hidden: str) -> dict[str, Any]:
 
 
 def passes(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of the rows of each forward pass: like lengths together, so many tokens at most, padding included."""
+    """Indices of the rows of each forward pass: like lengths together, padding included in batch_tokens."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[i] > batch_tokens:

@@ -1,7 +1,7 @@
 """A finished artifact -> provenance.json: which command, config, code and inputs it came from.
 
-The file is written last and at once, so a folder that has it is whole. Its `key` digests the config and the keys
-of the inputs; a stage whose key is unchanged has nothing to do.
+The file is written last and at once, so a folder that has it is whole. Its `key` digests the config and the
+keys of the inputs; a stage whose key is unchanged has nothing to do.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ PACKAGES = ("medusa_ray", "torch", "transformers", "ray", "deepspeed", "datasets
 
 
 def key(config: Any, inputs: dict[str, str]) -> str:
-    """Digest of all that determines an artifact: plain config values, and the digest of each input by name."""
+    """Digest of all that determines an artifact: plain config values and the digest of each input by name."""
     text = json.dumps({"config": config, "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(uri: str) -> str:
-    """Digest of an input: the key of an artifact folder, the contents of a file, the names and sizes of a folder.
+    """Digest of an input: an artifact's key, the contents of a file, the names and sizes in another folder.
 
     A hub name, which is no path, stands for itself.
     """
@@ -95,7 +95,9 @@ def revision() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.strip() + ("+" if dirty.stdout.strip() else "")
@@ -117,7 +119,9 @@ def hardware() -> dict[str, Any]:
     info: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         info["cpu"] = names[0] if names else info["cpu"]
     if hasattr(os, "sysconf"):
         info["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

@@ -1,10 +1,11 @@
 """What stages hand each other: the columns of every table and the keys of every JSON file.
 
     chats --data--> prompts/ --distill--> distilled/ --hidden--> hidden/ --train--> heads/
-          --evaluate--> heads/tree.json, heads/accuracy.json, evaluation/ --bench--> bench/ --report--> report/
+        --evaluate--> heads/tree.json, heads/accuracy.json, evaluation/ --bench--> bench/ --report--> report/
 
 These are the only things that stages know of one another. Tables are Parquet; token ids are int32 lists and
-stay as the model made them: never turned into text and back. Positions count from 0 at the first prompt token.
+stay as the model made them: never turned into text and back. Positions count from 0 at the first prompt
+token.
 """
 
 from typing import Any
@@ -39,7 +40,7 @@ DISTILLED = pa.schema(
     ]
 )
 
-# hidden/*.parquet: one row per good distilled row. Schema metadata: dtype ("float32" | "bfloat16"), hidden_size.
+# hidden/*.parquet: one row per good distilled row. Schema metadata: dtype (float32 | bfloat16), hidden_size.
 # The sequence is prompt_ids + reply_ids, T tokens of which P are prompt. A head at position t guesses tokens
 # t + 2 and later, and is only ever asked at t >= P - 1, so positions are P - 1 ... T - 3.
 HIDDEN = pa.schema(
@@ -68,30 +69,38 @@ REQUESTS = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
         ("num_steps", pa.int32()),  # engine steps after prefill; null where a server does not tell
-        ("accepted_histogram", pa.list_(pa.int32())),  # [j]: steps that accepted exactly j guesses; null likewise
+        (
+            "accepted_histogram",
+            pa.list_(pa.int32()),
+        ),  # [j]: steps that accepted exactly j guesses; null likewise
         ("text", pa.string()),
         ("error", pa.string()),  # null when good
     ]
 )
 
-# heads/training.jsonl: {"step": n, "epoch": x, "loss": x, "learning_rate": x, "head_loss": [...], "top1": [...]}
-# heads/tree.json:      {"paths": [[0], [0, 0], ...], "nodes": n, "calibrated_on": num_prompts}; best nodes first,
-#                       so that a prefix of the paths is itself the best smaller tree
-# heads/accuracy.json:  {"heads": {"top1": [...], "top5": [...]},                      held-out, in domain
-#                        "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x}}   tokens per step
-# evaluation/evaluation.json: {"prompts": n, "quality": {"exact_match": x}, "hardware": {...},
-#                        "model": {"dtype": x, "num_parameters": n},
-#                        "parity": {"prompts": n, "token_exact": n, "near_ties": n},       near_ties: excused differences
-#                        "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager",
-#                        "threads": n}}                                              null when nothing was timed
-# evaluation/quality.json (only where something can run the answers): {"execution_accuracy": x, ...}
-# bench/bench.json:     {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}},
-#                        "serve_paths": {PATH: {FIGURE: x}}}     serve_paths only where several paths were measured
+# heads/training.jsonl, one line for each logged step:
+#   {"step": n, "epoch": x, "loss": x, "learning_rate": x, "head_loss": [...], "top1": [...]}
+# heads/tree.json, best nodes first, so that a prefix of the paths is itself the best smaller tree:
+#   {"paths": [[0], [0, 0], ...], "nodes": n, "calibrated_on": num_prompts}
+# heads/accuracy.json, held-out; acceptance in tokens per step:
+#   {"heads": {"top1": [...], "top5": [...]},
+#    "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x}}
+# evaluation/evaluation.json; near_ties are excused differences, engine is null when nothing was timed:
+#   {"prompts": n, "quality": {"exact_match": x}, "hardware": {}, "model": {"dtype": x, "num_parameters": n},
+#    "parity": {"prompts": n, "token_exact": n, "near_ties": n},
+#    "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager", "threads": n}}
+# evaluation/quality.json, only where something can run the answers:
+#   {"execution_accuracy": x, ...}
+# bench/bench.json; serve_paths only where several paths were measured:
+#   {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}},
+#    "serve_paths": {PATH: {FIGURE: x}}}
 
 
 def hidden_row(row_id: str, prompt_ids: list[int], reply_ids: list[int], hidden: bytes) -> dict[str, Any]:
-    """A row of HIDDEN. `hidden` holds the states at positions P - 1 ... T - 3, one fewer than there are reply tokens:
-    the state that produced the last token has nothing left to guess."""
+    """A row of HIDDEN. `hidden` holds the states at positions P - 1 ... T - 3, one fewer than reply tokens.
+
+    The state that produced the last token has nothing left to guess.
+    """
     first = len(prompt_ids) - 1
     return {
         "id": row_id,
@@ -108,11 +117,11 @@ def hidden_table(rows: list[dict[str, Any]], dtype: str, hidden_size: int) -> pa
 
 
 def check_columns(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table cast to `schema`, its columns in order. Raises ValueError that lists missing and present columns."""
+    """The table cast to `schema`, its columns in order. Raises ValueError that lists missing columns."""
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"{where} lacks the columns {missing}; it has {table.column_names}. It was not written by the stage "
-            "before this one: run that stage again."
+            f"{where} lacks the columns {missing}; it has {table.column_names}. It was not written by the "
+            "stage before this one: run that stage again."
         )
     return table.select(schema.names).cast(schema)

@@ -171,7 +171,7 @@ class Server:
         """Prometheus metrics of this replica, with vLLM's names and TGI's behind `medusa_ray_`."""
         totals, label = self.engine.counters, [self.args.model_id]
 
-        def counter(name: str, help: str, values: Mapping[tuple[str, ...], float], *labels: str) -> Metric:
+        def counter(name: str, help: str, values: Mapping[Any, float], *labels: str) -> Metric:
             family = CounterMetricFamily(f"medusa_ray_{name}", help, labels=["model_name", *labels])
             for more, value in values.items():
                 family.add_metric([*label, *more], value)
@@ -415,7 +415,7 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     while pending := _not_running(config):
         if time.monotonic() > deadline_s:
             raise UserError(
-                f"the applications {pending} do not run after {timeout_s:.0f} s. Each replica needs a CPU, or "
+                f"the applications {pending} do not run after {timeout_s:.0f} s. A replica needs a CPU, or "
                 "what its ray_actor_options say; `ray status` shows what the cluster has left."
             )
         time.sleep(0.1)
@@ -435,14 +435,15 @@ def shutdown() -> None:
 
 def _application(app: ApplicationConfig) -> serve.Application:
     """The application with the file's overrides of its one deployment."""
-    options: dict[str, Any] = {}
+    # What a first replica dies of, a wrong path say, would kill the second and third one too.
+    options: dict[str, Any] = {"max_constructor_retry_count": 1}
     for override in app.deployments:
         if override.name != DEPLOYMENT:
             raise UserError(
                 f"application {app.name} overrides a deployment named {override.name!r}, but its only one is "
                 f"{DEPLOYMENT!r}."
             )
-        options = override.model_dump(exclude_none=True, exclude={"name"})
+        options |= override.model_dump(exclude_none=True, exclude={"name"})
     if app.runtime_env:
         actor_options = options.get("ray_actor_options", {})
         options["ray_actor_options"] = {"runtime_env": app.runtime_env, **actor_options}

@@ -1,8 +1,8 @@
 """A list of shards and a worker -> what the worker made of each, as they finish. Ray Data runs it.
 
-A shard is a small dict that says which rows to take and which part to write; a worker writes its part by itself,
-so rows do not pass through the driver. Ray Data gives each shard to a process, and to another one when that process
-or its node dies.
+A shard is a small dict that says which rows to take and which part to write; a worker writes its part by
+itself, so rows do not pass through the driver. Ray Data gives each shard to a process, and to another one
+when that process or its node dies.
 """
 
 import json
@@ -71,8 +71,8 @@ def put(shard: Shard) -> Ref:
 def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) -> Iterator[dict[str, Any]]:
     """What the workers made of the shards, in the order in which they finish.
 
-    make_worker: called once in each process. resources: what `actors` or `tasks` returned. Raises UserError when
-    a worker raised one.
+    make_worker: called once in each process. resources: what `actors` or `tasks` returned. Raises UserError
+    when a worker raised one.
     """
     if not refs:
         return

@@ -1,8 +1,8 @@
-"""Hidden states -> Medusa heads. Ray Train runs it; a worker's DeepSpeed engine holds the heads and only them.
+"""Hidden states -> Medusa heads. Ray Train runs it; each DeepSpeed engine holds the heads alone.
 
 A run is a function of its config and of hidden/: position i, counted over the parts in the order of their
-names, belongs to rank i % W; (seed, epoch, rank) fix the order in which a rank takes its own; the learning rate
-follows from the step. A checkpoint needs no more than DeepSpeed's state and the step, and a resumed run is the
+names, belongs to rank i % W; (seed, epoch, rank) fix the order in which a rank takes its own; the learning
+rate follows from the step. A checkpoint needs only DeepSpeed's state and the step, and a resumed run is the
 same run.
 
 # N positions   H heads   C hidden   V vocabulary   W workers
@@ -39,7 +39,7 @@ from medusa_ray.medusa.loss import IGNORED, HeadLoss, cross_entropy_for, labels_
 LOG = logging.getLogger("medusa_ray")
 CURVE = "training.jsonl"
 TAG = "state"  # DeepSpeed's name for a checkpoint inside its folder
-# How often Ray Train's controller looks at its workers; its own 2 s would be lost at every checkpoint and the end.
+# How often Ray Train's controller looks at its workers; its own 2 s would be lost at every checkpoint.
 POLL_S = "0.2"
 
 
@@ -70,13 +70,14 @@ class Job:
         return self.train.epochs * self.steps_per_epoch
 
 
-# ------------------------------------------------------------------------------------------------------ driver
+# --------------------------------------------------------------------------------------------------- driver
 
 
 def run(config: RunConfig) -> str:
-    """Writes heads/ and returns its URI. Raises UserError when hidden/ cannot train them or a loss is not finite.
+    """Writes heads/ and returns its URI.
 
-    A killed run goes on from its newest checkpoint, in training/ beside heads/, which is removed at the end.
+    Raises UserError when hidden/ cannot train these heads or the loss is not finite. A killed run goes on
+    from its newest checkpoint, in training/ beside heads/, which is removed at the end.
     """
     heads, hidden, training = (
         parts.absolute(config.artifact(name)) for name in ("heads", "hidden", "training")
@@ -93,13 +94,14 @@ def run(config: RunConfig) -> str:
         raise UserError(f"{hidden} is not finished. Run the hidden stage first.")
 
     output_layer_VC = read_output_layer(config.model)
+    num_positions = survey(hidden, config, output_layer_VC.shape[1])
     job = Job(
         hidden=hidden,
         output=heads,
         base=config.model.base,
         device=shards.device_of(config.model),
         output_layer=ray.put(output_layer_VC),
-        num_positions=survey(hidden, config, output_layer_VC.shape[1]),
+        num_positions=num_positions,
         heads=config.heads,
         train=config.train,
     )
@@ -121,9 +123,13 @@ def run(config: RunConfig) -> str:
 def trainer(job: Job, storage: str, name: str) -> TorchTrainer:
     on_gpu = job.device == "cuda"
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
-    environment = {"DS_ACCELERATOR": job.device}
-    if [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]:
+    # Nothing here is compiled, but DeepSpeed would import the compiler: a second of every worker's start.
+    environment = {"DS_ACCELERATOR": job.device, "TORCHDYNAMO_DISABLE": "1"}
+    addresses = [node["NodeManagerAddress"] for node in ray.nodes()]
+    if addresses == ["127.0.0.1"]:
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the host's name, which need not resolve
+    if len(addresses) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     api: Any = ray.train  # its stubs are those of Train V1, which knows fewer arguments
     loop: Any = worker
     return TorchTrainer(
@@ -179,8 +185,8 @@ def read_output_layer(model: ModelConfig) -> Tensor:
                 with safe_open(find(files[name]), framework="pt") as file:
                     return file.get_tensor(name)
     raise UserError(
-        f"the base {model.base} has tensors {list(files)[:3]}... but neither lm_head.weight nor embed_tokens.weight, "
-        "from which heads start. Set model.base to a Llama-like model."
+        f"the base {model.base} has tensors {list(files)[:3]}..., but neither lm_head.weight nor "
+        "embed_tokens.weight, from which heads start. Set model.base to a Llama-like model."
     )
 
 
@@ -195,14 +201,16 @@ def survey(hidden: str, config: RunConfig, hidden_size: int) -> int:
         found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if found.get("hidden_size") != str(hidden_size) or found.get("dtype") not in ("float32", "bfloat16"):
             raise UserError(
-                f"{hidden}/{name}.parquet has hidden_size={found.get('hidden_size')} dtype={found.get('dtype')}, "
-                f"but {config.model.base} has a hidden size of {hidden_size}. Run the hidden stage with this base."
+                f"{hidden}/{name}.parquet has hidden_size={found.get('hidden_size')} and "
+                f"dtype={found.get('dtype')}, but {config.model.base} has a hidden size of {hidden_size}. "
+                "Run the hidden stage with this base."
             )
         num_positions += sum(len(usable_N) for _, usable_N, _ in labelled(table, config.heads.num_heads))
     if num_positions < config.train.num_workers:
         raise UserError(
-            f"{hidden} has {num_positions} positions with a label for some head, and {config.train.num_workers} "
-            "workers want at least one each. Give more chats, or allow longer replies with distill.max_new_tokens."
+            f"{hidden} has {num_positions} positions with a label for some head, and "
+            f"train.num_workers={config.train.num_workers} want one each at least. Give more chats, or allow "
+            "longer replies with distill.max_new_tokens."
         )
     return num_positions
 
@@ -255,7 +263,7 @@ def remove(folder: str) -> None:
         filesystem.rm(path, recursive=True)
 
 
-# ------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------------- rows
 
 
 def labelled(table: pa.Table, num_heads: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -306,7 +314,7 @@ def order_of(job: Job, epoch: int, rank: int, num_own: int) -> Tensor:
     return torch.from_numpy(np.resize(shuffled, shape))
 
 
-# ------------------------------------------------------------------------------------------------------ worker
+# --------------------------------------------------------------------------------------------------- worker
 
 
 class HeadTrainer(nn.Module):
@@ -351,8 +359,8 @@ def worker(config: dict[str, Any]) -> str | None:
         step += 1
         if culprit is not None:
             return (
-                f"step={step} rank={culprit}: the loss is not finite, so training stopped before this step. Lower "
-                f"train.learning_rate, which is {job.train.learning_rate}, or mend the rows of {job.hidden}."
+                f"step={step} rank={culprit}: the loss is not finite, so training stopped before this step. "
+                f"Lower train.learning_rate, now {job.train.learning_rate}, or mend the rows of {job.hidden}."
             )
         if journal and metrics is not None:
             journal.add(step, metrics)
@@ -366,8 +374,8 @@ def start_engine(job: Job) -> Any:
     """A DeepSpeed engine around fresh heads."""
     import deepspeed  # here, since it looks for an accelerator, which the driver need not have
 
-    # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler. Training
-    # never calls it. deepspeed 0.19 has no switch for that; drop this when it has one.
+    # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler.
+    # Training never calls it. deepspeed 0.19 has no switch for that; drop this when it has one.
     comm: Any = importlib.import_module("deepspeed.comm.torch")
     if job.device == "cpu" and hasattr(comm, "build_shm_op"):
         comm.build_shm_op = lambda: None
@@ -404,7 +412,7 @@ def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:
 def optimizer_step(
     engine: Any, micro_batches: Iterator[tuple[Tensor, Tensor]], is_logged: bool
 ) -> tuple[Tensor | None, int | None]:
-    """One step of all ranks. Returns its metrics when it is logged, and the rank whose loss forbade it, if any.
+    """One step of all ranks: its metrics when it is logged, and the rank whose loss forbade it, if any.
 
     Metrics are means over ranks and micro-batches: loss, each head's loss, each head's top-1.
     """
@@ -428,7 +436,7 @@ def optimizer_step(
 
 
 def first_culprit(loss: Tensor) -> int | None:
-    """The first rank whose loss is not finite. All ranks learn it, so that all stop and none waits for another."""
+    """The first rank whose loss is not finite. All ranks learn it, so all stop and none waits for another."""
     num_ranks = dist.get_world_size()
     rank = torch.where(loss.isfinite(), num_ranks, dist.get_rank())
     dist.all_reduce(rank, dist.ReduceOp.MIN)
@@ -475,7 +483,7 @@ class Journal:
 
 
 def save(engine: Any, step: int, journal: Journal | None) -> None:
-    """A checkpoint of all ranks: each writes its shard into a folder of its own; Ray Train merges the folders."""
+    """A checkpoint of all ranks: each writes its shard into its own folder, and Ray Train merges these."""
     with tempfile.TemporaryDirectory() as folder:
         state = {"step": step, "history": journal.history if journal else []}
         engine.save_checkpoint(folder, tag=TAG, client_state=state)

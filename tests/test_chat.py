@@ -1,4 +1,4 @@
-"""A second BOS or a lost end-of-turn token still trains; only acceptance drops. So the exact ids are pinned here."""
+"""A second BOS or a lost end-of-turn token still trains; only acceptance drops. So ids are pinned."""
 
 import json
 import shutil
@@ -33,7 +33,9 @@ def test_a_reply_is_its_text_and_its_end_of_turn_token(chat: Chat) -> None:
 
 
 def test_prompt_and_reply_together_are_the_rendered_chat(chat: Chat) -> None:
-    whole = chat.tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": "yo"}], return_dict=False)
+    whole = chat.tokenizer.apply_chat_template(
+        [*ASK, {"role": "assistant", "content": "yo"}], return_dict=False
+    )
     assert chat.prompt_ids(ASK) + chat.reply_ids(ASK, "yo") == list(whole)
 
 
@@ -52,7 +54,9 @@ def test_a_template_that_rewrites_history_is_refused_for_given_replies(tiny_base
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('system first') }}"])
-def test_a_template_that_is_missing_or_refuses_is_a_value_error(tiny_base: Path, template: str | None) -> None:
+def test_a_template_that_is_missing_or_refuses_is_a_value_error(
+    tiny_base: Path, template: str | None
+) -> None:
     chat = Chat.load(str(tiny_base))
     chat.tokenizer.chat_template = template
     with pytest.raises(ValueError, match="refuses the messages"):

@@ -1,6 +1,6 @@
 """The command itself, as a process: what it answers, how fast, and with which exit code.
 
-2 is a user's mistake, told in one message; 1 is a bug, with its traceback. A mistake leaves nothing half-written.
+2 is a user's mistake, told in one message; 1 is a bug, with its traceback. A mistake leaves nothing written.
 """
 
 import fcntl
@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 
 from medusa_ray import cli
+from medusa_ray.cli import progress
+from medusa_ray.cli.cluster import check_writable
 from medusa_ray.config import UserError
 
-VERBS = "demo validate plan data distill hidden train evaluate run serve bench report".split()
+STAGES = ["data", "distill", "hidden", "train", "evaluate"]
+VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report"]
 
 
 class Done(NamedTuple):
@@ -34,7 +37,9 @@ class Done(NamedTuple):
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which costs a third of a second."""
     command = [sys.executable, "-m", "medusa_ray.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=250, env={**os.environ, **environment}
+    )
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def write_run(folder: Path, base: object, chats: object) -> Path:
     return folder / "run.yaml"
 
 
-# -------------------------------------------------------------------------------------------- at once
+# ---------------------------------------------------------------------------------------------------- at once
 
 
 def test_help_names_every_verb_in_under_half_a_second() -> None:
@@ -124,8 +129,10 @@ def test_a_bug_shows_its_traceback_and_ends_with_one(monkeypatch: pytest.MonkeyP
         cli.main()
 
 
-def test_a_mistake_found_inside_ray_is_still_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Ray hands errors of a task back as an error of both classes, whose text is a traceback of the worker's."""
+def test_a_mistake_found_inside_ray_is_still_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ray hands errors of a task back as an error of both classes, whose text is the worker's traceback."""
     from ray.exceptions import RayTaskError
 
     def mistaken() -> None:
@@ -152,7 +159,12 @@ def test_validate_tells_all_problems_of_all_files_and_loads_nothing_heavy(tmp_pa
     assert not loaded & {"torch", "ray", "transformers"}
     assert done.returncode == 2
     assert str(good) in done.stdout
-    for problem in (f"{bad_run}:", "ouput is not a key; did you mean output?", f"{bad_serve}:", "did you mean applications.0.args.base?"):
+    for problem in (
+        f"{bad_run}:",
+        "ouput is not a key; did you mean output?",
+        f"{bad_serve}:",
+        "did you mean applications.0.args.base?",
+    ):
         assert problem in done.stderr
 
 
@@ -165,13 +177,22 @@ def test_plan_counts_and_writes_nothing(tmp_path: Path, medusa_ray: Command) -> 
     base.mkdir()
     # Llama 3.1 8B: 8,030,261,248 parameters by its own card.
     llama = {"hidden_size": 4096, "vocab_size": 128256, "num_hidden_layers": 32, "num_attention_heads": 32}
-    (base / "config.json").write_text(json.dumps({**llama, "num_key_value_heads": 8, "intermediate_size": 14336}))
+    (base / "config.json").write_text(
+        json.dumps({**llama, "num_key_value_heads": 8, "intermediate_size": 14336})
+    )
     (tmp_path / "chats.jsonl").write_text('{"prompt": "a"}\n' * 7)
     before = sorted(tmp_path.rglob("*"))
-    done = medusa_ray("plan", write_run(tmp_path, base, tmp_path / "chats.jsonl"), "train.epochs=2", "distill.max_new_tokens=101")
+    done = medusa_ray(
+        "plan",
+        write_run(tmp_path, base, tmp_path / "chats.jsonl"),
+        "train.epochs=2",
+        "distill.max_new_tokens=101",
+    )
     assert done.returncode == 0, done.stderr
     assert "epochs: 2" in done.stdout
-    figures = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line and not line.startswith(" "))
+    figures = dict(
+        line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line and not line.startswith(" ")
+    )
     figures = {name: value.strip() for name, value in figures.items()}
     assert figures["training rows"] == "7"
     assert figures["parameters of the base"] == "8,030.3 M"
@@ -185,13 +206,15 @@ def test_plan_counts_and_writes_nothing(tmp_path: Path, medusa_ray: Command) -> 
 def test_plan_of_a_base_out_of_reach_says_so(tmp_path: Path, medusa_ray: Command) -> None:
     done = medusa_ray("plan", write_run(tmp_path, "nobody/nothing", "s3://bucket/chats"))
     assert done.returncode == 0, done.stderr
-    assert "neither on disk nor on a hub in reach" in done.stdout
+    assert "on disk or on a hub in reach" in done.stdout
     assert "cannot be counted cheaply" in done.stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "data", "run"])
 @pytest.mark.parametrize("mistake", ["train.lerning_rate=1", "--medusa_num_heads", "epochs"])
-def test_a_wrong_override_is_told_before_anything_starts(verb: str, mistake: str, tmp_path: Path, medusa_ray: Command) -> None:
+def test_a_wrong_override_is_told_before_anything_starts(
+    verb: str, mistake: str, tmp_path: Path, medusa_ray: Command
+) -> None:
     done = medusa_ray(verb, write_run(tmp_path, "some/model", "chats.jsonl"), mistake)
     message = one_message(done)
     assert mistake.split("=")[0] in message
@@ -203,7 +226,11 @@ def test_a_wrong_override_is_told_before_anything_starts(verb: str, mistake: str
 
 def bad_chats(folder: Path) -> dict[str, Path]:
     """Files that are no chats, by what is wrong with them."""
-    texts = {"empty": "", "no_messages": '{"messages": [{"role": "user", "content": "a"}]}\n{"question": "b"}\n', "no_json": "{"}
+    texts = {
+        "empty": "",
+        "no_messages": '{"messages": [{"role": "user", "content": "a"}]}\n{"question": "b"}\n',
+        "no_json": "{",
+    }
     files = {name: folder / f"{name}.jsonl" for name in texts}
     for name, text in texts.items():
         files[name].write_text(text)
@@ -221,7 +248,9 @@ BAD_CHATS = {
 
 
 @pytest.mark.parametrize(("what", "named"), BAD_CHATS.items())
-def test_the_demo_refuses_chats_that_are_none_and_writes_nothing(what: str, named: str, tmp_path: Path, medusa_ray: Command) -> None:
+def test_the_demo_refuses_chats_that_are_none_and_writes_nothing(
+    what: str, named: str, tmp_path: Path, medusa_ray: Command
+) -> None:
     done = medusa_ray("demo", "--out", tmp_path / "out", "--data", bad_chats(tmp_path)[what])
     assert named in one_message(done)
     assert not (tmp_path / "out").exists()
@@ -235,7 +264,9 @@ def test_a_stage_refuses_chats_that_are_none_and_writes_nothing(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("out", ["/proc/medusa", "{file}/below"])
-def test_an_output_folder_that_cannot_be_written_is_refused_by_name(out: str, tmp_path: Path, medusa_ray: Command) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused_by_name(
+    out: str, tmp_path: Path, medusa_ray: Command
+) -> None:
     """As root every permission is granted, so these are places where no folder can be made at all."""
     (tmp_path / "file").write_text("")
     out = out.format(file=tmp_path / "file")
@@ -245,7 +276,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_by_name(out: str, tm
 
 
 def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    cli.check_writable(str(tmp_path / "a" / "b"))
+    check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,10 +297,17 @@ def test_a_second_demo_in_the_same_folder_is_refused(tmp_path: Path, medusa_ray:
 
 
 def test_an_unknown_size_of_base_is_refused_by_name(tmp_path: Path, medusa_ray: Command) -> None:
-    message = one_message(medusa_ray("demo", "--out", tmp_path / "out", "--train-base", "70b"))
-    assert "70b" in message
-    assert "0.9m" in message
+    done = medusa_ray("demo", "--out", tmp_path / "out", "--train-base", "70b")
+    assert done.returncode == 2
+    assert "70b" in done.stderr
+    assert "0.9m" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_sizes_that_the_command_offers_are_those_with_a_recipe() -> None:
+    from medusa_ray.demo.train_base import RECIPES
+
+    assert set(get_args(cli.BaseSize)) == set(RECIPES)
 
 
 def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
@@ -283,23 +321,29 @@ def test_a_missing_file_is_refused_by_name(verb: str, tmp_path: Path, medusa_ray
     assert "nowhere" in one_message(medusa_ray(verb, tmp_path / "nowhere"))
 
 
-# -------------------------------------------------------------------------------------------------- progress
+# --------------------------------------------------------------------------------------------------- progress
 
 
 def test_a_piped_step_tells_what_it_is_at_in_json_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(cli, "INTERVAL_S", 0.05)
-    with cli.step("train") as facts:
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.05)
+    with progress.step("train") as facts:
         logging.getLogger("medusa_ray").info("step=%d loss=%.2f", 7, 1.5)
         time.sleep(0.2)
         facts["rows"] = 3
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert lines[0] == {"stage": "train", "state": "running", "seconds": lines[0]["seconds"], "step": 7, "loss": 1.5}
+    assert lines[0] == {
+        "stage": "train",
+        "state": "running",
+        "seconds": lines[0]["seconds"],
+        "step": 7,
+        "loss": 1.5,
+    }
     assert lines[-1] == {"stage": "train", "state": "done", "seconds": lines[-1]["seconds"], "rows": 3}
 
 
 def test_a_step_that_fails_is_not_called_done(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(RuntimeError), cli.step("train"):
+    with pytest.raises(RuntimeError), progress.step("train"):
         raise RuntimeError
     assert "done" not in capsys.readouterr().err

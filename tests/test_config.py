@@ -70,7 +70,9 @@ def write(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize(("kind", "right", "wrong"), MISSPELT)
-def test_a_misspelt_key_is_refused_and_the_right_one_named(kind: Any, right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_misspelt_key_is_refused_and_the_right_one_named(
+    kind: Any, right: str, wrong: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         config.load(kind, write(tmp_path, TEXTS[kind]), [f"{wrong}=1"])
     assert f"{wrong} is not a key; did you mean {right}?" in str(caught.value)
@@ -84,25 +86,37 @@ def test_a_misspelt_key_is_refused_and_the_right_one_named(kind: Any, right: str
         ("applications.0.args.model_id", "model: x"),
     ],
 )
-def test_a_misspelt_key_deep_in_a_list_is_named_with_its_place(right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_misspelt_key_deep_in_a_list_is_named_with_its_place(
+    right: str, wrong: str, tmp_path: Path
+) -> None:
     text = SERVE.replace("model_id: medusa", f"model_id: medusa, {wrong}")
     with pytest.raises(UserError) as caught:
         config.load(ServeConfig, write(tmp_path, text))
-    assert f"applications.0.args.{wrong.split(':')[0]} is not a key; did you mean {right}?" in str(caught.value)
+    assert f"applications.0.args.{wrong.split(':')[0]} is not a key; did you mean {right}?" in str(
+        caught.value
+    )
 
 
 def test_what_ray_serve_would_ignore_is_refused(tmp_path: Path) -> None:
     """DeploymentSchema takes max_queued_request and http_options takes prot without a word."""
-    text = SERVE.replace("max_replicas: 2", "target_ongoing_request: 2").replace("num_replicas", "num_replica")
+    text = SERVE.replace("max_replicas: 2", "target_ongoing_request: 2").replace(
+        "num_replicas", "num_replica"
+    )
     with pytest.raises(UserError) as caught:
         config.load(ServeConfig, write(tmp_path, "http_options: {prot: 9}\n" + text))
-    for right in ("http_options.port", "deployments.0.num_replicas", "autoscaling_config.target_ongoing_requests"):
+    for right in (
+        "http_options.port",
+        "deployments.0.num_replicas",
+        "autoscaling_config.target_ongoing_requests",
+    ):
         assert f"did you mean {'' if right.startswith('http') else 'applications.0.'}" in str(caught.value)
         assert right in str(caught.value)
 
 
 def test_a_key_under_a_name_of_the_users_is_found(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"targets\.medusa\.ulr is not a key; did you mean targets\.medusa\.url\?"):
+    with pytest.raises(
+        UserError, match=r"targets\.medusa\.ulr is not a key; did you mean targets\.medusa\.url\?"
+    ):
         config.load(TrafficConfig, write(tmp_path, TRAFFIC.replace("url:", "ulr:")))
 
 
@@ -112,14 +126,19 @@ def test_all_problems_of_a_file_come_at_once(tmp_path: Path) -> None:
         config.load(RunConfig, write(tmp_path, text))
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
-    assert all(any(key in line for line in lines) for key in ("train.epochs is -1", "train.lr", "heads.num_heads is 'many'"))
+    assert all(
+        any(key in line for line in lines)
+        for key in ("train.epochs is -1", "train.lr", "heads.num_heads is 'many'")
+    )
 
 
 def test_the_branches_of_a_union_do_not_show_in_a_key(tmp_path: Path) -> None:
     text = SERVE.replace("model_id: medusa", "model_id: medusa, tree: 3")
     with pytest.raises(UserError) as caught:
         config.load(ServeConfig, write(tmp_path, text))
-    assert all(line.startswith("  applications.0.args.tree is 3: ") for line in str(caught.value).splitlines()[1:])
+    assert all(
+        line.startswith("  applications.0.args.tree is 3: ") for line in str(caught.value).splitlines()[1:]
+    )
 
 
 def test_a_flag_of_the_original_script_is_answered_with_the_key_of_today(tmp_path: Path) -> None:
@@ -136,7 +155,9 @@ def test_every_key_that_answers_an_old_flag_exists() -> None:
 
 def test_an_override_replaces_the_files_value_and_is_checked_like_it(tmp_path: Path) -> None:
     path = write(tmp_path, RUN + "train: {epochs: 4, seed: 7}\n")
-    changed = config.load(RunConfig, path, ["train.epochs=2", "train.learning_rate=1e-3", "distill.batch_size=8"])
+    changed = config.load(
+        RunConfig, path, ["train.epochs=2", "train.learning_rate=1e-3", "distill.batch_size=8"]
+    )
     assert (changed.train.epochs, changed.train.seed) == (2, 7)
     assert (changed.train.learning_rate, changed.distill.batch_size) == (1e-3, 8)
     with pytest.raises(UserError, match=r"train\.epochs is 0"):
@@ -184,7 +205,9 @@ def test_given_replies_cannot_be_captured(tmp_path: Path) -> None:
 
 
 def test_two_applications_may_not_share_a_route(tmp_path: Path) -> None:
-    text = SERVE + "  - name: baseline\n    route_prefix: /medusa\n    args: {model_id: b, base: some/model}\n"
+    text = (
+        SERVE + "  - name: baseline\n    route_prefix: /medusa\n    args: {model_id: b, base: some/model}\n"
+    )
     with pytest.raises(UserError, match="two applications share the route_prefix '/medusa'"):
         config.load(ServeConfig, write(tmp_path, text))
 
@@ -209,4 +232,6 @@ def test_every_key_of_a_run_and_of_traffic_is_described() -> None:
             found += [prefix + name] if not inner and not field.description else []
         return found
 
-    assert undescribed(RunConfig) + undescribed(TrafficConfig) + undescribed(config.EngineConfig) == ["version"]
+    assert undescribed(RunConfig) + undescribed(TrafficConfig) + undescribed(config.EngineConfig) == [
+        "version"
+    ]

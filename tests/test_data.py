@@ -105,7 +105,8 @@ def test_parquet_that_is_damaged_or_has_other_columns_is_refused(tmp_path: Path)
 
 
 def test_the_same_chat_twice_gets_two_ids(tmp_path: Path) -> None:
-    rows = [{"id": "x", **ROWS[0]}, {"id": "x", **ROWS[0]}, {"id": "x#2", **ROWS[0]}, ROWS[1], ROWS[1], ROWS[1]]
+    given_ids = [{"id": row_id, **ROWS[0]} for row_id in ("x", "x", "x#2")]
+    rows = [*given_ids, ROWS[1], ROWS[1], ROWS[1]]
     ids = [row.id for row in data.read_chats([write_lines(tmp_path / "a.jsonl", rows)])]
     assert len(set(ids)) == len(ids) == 6
     assert ids[:2] == ["x", "x#2"]
@@ -185,7 +186,8 @@ def test_a_single_chat_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_limits_keep_the_first_rows_of_each_split(tmp_path: Path) -> None:
-    train, test = write_lines(tmp_path / "train.jsonl", ROWS), write_lines(tmp_path / "test.jsonl", ROWS[::-1])
+    train = write_lines(tmp_path / "train.jsonl", ROWS)
+    test = write_lines(tmp_path / "test.jsonl", ROWS[::-1])
     sides = dealt(train, test=test, num_train=5, num_test=3)
     ids = [row.id for row in data.read_chats([train])]
     assert sides == {"train": ids[:5], "test": ids[:-4:-1]}
@@ -244,7 +246,7 @@ FAULTS: dict[str, Any] = {
     "wrong type: the content of message 0 is a list, expected text": [{"role": "user", "content": [1]}],
     "wrong type: the prompt is a int, expected text": {"prompt": 3},
     "empty: the content of message 0 has no text": [{"role": "user", "content": " "}],
-    "not Unicode: the content of message 0 has half of a surrogate pair": [{"role": "user", "content": "\ud83d"}],
+    "not Unicode: the prompt has half of a surrogate pair": {"prompt": "\ud83d"},
     "no turn: there is no message of a user's to answer": [{"role": "assistant", "content": "x"}],
     "not UTF-8": b"\xff\xfe",
     "too long: 1024 tokens, over data.max_prompt_tokens = 9": [{"role": "user", "content": "x" * 1020}],
@@ -288,12 +290,14 @@ def test_every_chat_comes_out_once(ray_cluster: None, tiny_base: Path, tmp_path:
         num_test=3,
     )
     folder = data.run(config)
-    splits = {split: parts.read(f"{folder}/{split}", "part-000000") for split in ("train", "test", "out_of_domain")}
-    assert all(table.schema == records.PROMPTS for table in splits.values())
-    assert [row["messages"] and row["messages"][0]["content"] for row in splits["train"].to_pylist()] == [
+    tables = {
+        split: parts.read(f"{folder}/{split}", "part-000000") for split in data.find_sources(config.data)
+    }
+    assert all(table.schema == records.PROMPTS for table in tables.values())
+    assert [row["messages"] and row["messages"][0]["content"] for row in tables["train"].to_pylist()] == [
         *[f"question {i}" for i in range(6)], None, "long " * 100, *[f"question {i}" for i in range(6, 12)],
     ]  # fmt: skip
-    longest = max(map(len, splits["train"]["prompt_ids"].to_pylist()))
+    longest = max(map(len, tables["train"]["prompt_ids"].to_pylist()))
     assert provenance.read(folder)["splits"] == {
         "train": {
             "in": 14, "rows": 14, "good": 12, "errors": {"no messages": 1, "too long": 1},

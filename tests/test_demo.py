@@ -1,4 +1,4 @@
-"""The whole path by its one command: what it leaves behind, that a second call does nothing, and that a killed one goes on."""
+"""The whole path by its one command: what it leaves; a second call does nothing, a killed one goes on."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from medusa_ray import provenance
+from medusa_ray import cli, provenance
 
 COMMAND = [sys.executable, "-m", "medusa_ray.cli", "demo", "--fast", "--out"]
 ARTIFACTS = ("chats", "prompts", "distilled", "hidden", "heads", "evaluation", "bench", "report")
@@ -43,8 +43,10 @@ def test_a_killed_demo_goes_on_to_its_report(finished: tuple[Path, subprocess.Co
     out, done = finished
     for artifact in ARTIFACTS:
         assert provenance.read(str(out / artifact)), artifact
-    stages = [line["stage"] for line in map(json.loads, done.stderr.splitlines()) if line.get("state") == "done"]
-    assert stages == "chats data distill hidden train evaluate quality serve bench report".split()
+    stages = [
+        line["stage"] for line in map(json.loads, done.stderr.splitlines()) if line.get("state") == "done"
+    ]
+    assert stages == ["chats", *cli.STAGES, "quality", "serve", "bench", "report"]
 
 
 def test_nothing_is_lost_on_the_way(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -61,7 +63,10 @@ def test_both_arms_answered_the_same_prompts_with_the_same_text(
     out, _ = finished
     requests = pq.read_table(out / "bench" / "requests.parquet").to_pylist()
     assert [row["error"] for row in requests if row["error"]] == []
-    texts = {arm: {row["prompt"]: row["text"] for row in requests if row["arm"] == arm} for arm in ("baseline", "medusa")}
+    texts = {
+        arm: {row["prompt"]: row["text"] for row in requests if row["arm"] == arm}
+        for arm in ("baseline", "medusa")
+    }
     shared = texts["baseline"].keys() & texts["medusa"].keys()
     assert shared
     assert all(texts["baseline"][prompt] == texts["medusa"][prompt] for prompt in shared)
@@ -73,7 +78,13 @@ def test_the_console_ends_with_the_blogs_table_and_the_verdict(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     out, done = finished
-    for column in ("Requests per Second", "Request Latency", "Time to First Token", "Inter Token Latency", "Output Token"):
+    for column in (
+        "Requests per Second",
+        "Request Latency",
+        "Time to First Token",
+        "Inter Token Latency",
+        "Output Token",
+    ):
         assert column in done.stdout
     for load in ("synchronous", "concurrency=1", "concurrency=4", "concurrency=16", "throughput"):
         assert done.stdout.count(load) >= 2  # a row per arm
@@ -88,7 +99,10 @@ def test_a_second_run_takes_seconds_and_loads_neither_torch_nor_ray(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     started = time.monotonic()
     done = subprocess.run(
-        [*COMMAND, str(out)], capture_output=True, text=True, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+        [*COMMAND, str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
     )
     seconds = time.monotonic() - started
     assert done.returncode == 0
@@ -96,5 +110,7 @@ def test_a_second_run_takes_seconds_and_loads_neither_torch_nor_ray(
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "numpy" in imported
     assert not imported & {"torch", "ray", "transformers"}
-    assert done.stdout.splitlines()[1:-1] == first.stdout.splitlines()[:-1]  # all but the first line and the time
+    assert (
+        done.stdout.splitlines()[1:-1] == first.stdout.splitlines()[:-1]
+    )  # all but the first line and the time
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

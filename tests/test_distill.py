@@ -1,4 +1,4 @@
-"""A killed run goes on and ends with the same rows; the rows are what the engine says when it is called alone."""
+"""A killed run goes on and ends with the same rows; the rows are what the engine says when called alone."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def rows_of(config: RunConfig, artifact: str) -> list[dict[str, Any]]:
 
 
 class Parrot:
-    """Stands in for an engine: answers with the seed's digits. Kills its process once: while the file `flag` is missing."""
+    """An engine that answers with the seed's digits and kills its process while file `flag` is missing."""
 
     hidden_size = 2
 
@@ -93,10 +93,9 @@ def parrot(base: str, **options: Any) -> Parrot:
 # -------------------------------------------------------------------------------------------- without Ray
 
 
-def worker(config: RunConfig, load_engine: Any = parrot, is_captured: bool = True) -> distill.Generator:
-    prompts, distilled, hidden = (config.artifact(name) for name in ("prompts", "distilled", "hidden"))
-    base = config.model.base
-    return distill.Generator(config, base, "cpu", 510, prompts, distilled, hidden if is_captured else None, load_engine)
+def worker(config: RunConfig, load_engine: Any = parrot) -> distill.Generator:
+    folders = [config.artifact(name) for name in ("prompts", "distilled", "hidden")]
+    return distill.Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
 
 
 def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, tiny_base: Path) -> None:
@@ -128,7 +127,8 @@ def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tin
     errors = {i: row["error"] for i, row in enumerate(rows) if row["error"]}
     assert errors == {BAD: "too long: very", HUGE: "refused by the engine: the limit is 512."}
     good = [row for row in rows if not row["error"]]
-    assert all(row["reply_ids"] == [int(d) for d in str(distill.seed_of(0, row["id"][:-2]))[:5]] for row in good)
+    for row in good:
+        assert row["reply_ids"] == [int(digit) for digit in str(distill.seed_of(0, row["id"][:-2]))[:5]]
     hidden = rows_of(config, "hidden")
     assert [row["id"] for row in hidden] == [row["id"] for row in good]
     facts = distill._facts(config.artifact("distilled"))
@@ -139,7 +139,7 @@ def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tin
     }
 
 
-def test_hidden_rows_are_the_states_at_positions_that_some_label_needs(tmp_path: Path, tiny_base: Path) -> None:
+def test_hidden_rows_are_the_states_that_some_label_needs(tmp_path: Path, tiny_base: Path) -> None:
     """A state too many or one place off still trains; only acceptance drops."""
     make_prompts(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base)
@@ -182,7 +182,8 @@ def test_half_precision_states_keep_their_bytes(tmp_path: Path, tiny_base: Path)
 def test_given_replies_are_the_chats_own(tmp_path: Path, tiny_base: Path) -> None:
     prompts = make_prompts(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base, mode="compute", replies="given")
-    copier = distill.Copier(str(tiny_base), config.model, config.artifact("prompts"), config.artifact("distilled"))
+    folders = [config.artifact(name) for name in ("prompts", "distilled")]
+    copier = distill.Copier(str(tiny_base), config.model, *folders)
     for shard in distill.plan(f"{tmp_path}/prompts/train", 4):
         copier(shard)
     rows = rows_of(config, "distilled")
@@ -207,7 +208,7 @@ def test_only_what_shapes_the_rows_makes_another_run(tmp_path: Path, tiny_base: 
 
 
 def test_prompts_that_are_not_finished_are_not_distilled(tmp_path: Path, tiny_base: Path) -> None:
-    with pytest.raises(UserError, match="prompts is not finished. Run the data stage first"):
+    with pytest.raises(UserError, match=r"prompts is not finished\. Run the data stage"):
         distill.run(config_of(tmp_path, tiny_base))
 
 
@@ -242,7 +243,7 @@ def test_a_killed_run_goes_on_and_a_killed_actor_is_replaced(
 ) -> None:
     make_prompts(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base)
-    # The state in which a killed run leaves things: two parts whole, one with only its hidden half, one begun.
+    # The state in which a killed run leaves things: two whole parts, one half, one begun.
     distilled, hidden = tmp_path / "distilled", tmp_path / "hidden"
     for folder in (distilled, hidden):
         parts.begin(str(folder), provenance.key(*distill.identity(config)))

@@ -1,7 +1,7 @@
 """The house has floors: an import points to the same floor or below, and stages never import each other.
 
-Where that holds, a stage can be replaced or run alone, and `medusa_ray.medusa` runs where only torch and transformers are
-installed.
+Where that holds, a stage can be replaced or run alone, and `medusa_ray.medusa` runs where only torch and
+transformers are installed.
 """
 
 import ast
@@ -19,8 +19,12 @@ PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "hub"}
 FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
-    MATHS: {f"medusa.{name}" for name in "tree acceptance sampling heads loss kernels layouts".split()},
-    MODEL: {"chat", "openai_api", *(f"medusa.{name}" for name in "attention backbone cache scheduler engine".split())},
+    MATHS: {f"medusa.{name}" for name in ["tree", "acceptance", "sampling", "heads", "loss"]},
+    MODEL: {
+        "chat",
+        "openai_api",
+        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "scheduler", "engine"]),
+    },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
 }
@@ -75,7 +79,9 @@ def test_a_module_imports_only_from_its_floor_and_below(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_library_appears_on_no_lower_floor_than_its_own(module: str) -> None:
     floor = floor_of(module)
-    allowed = set().union(*(LIBRARIES[below] for below in range(floor + 1)), sys.stdlib_module_names, {"medusa_ray"})
+    allowed = set().union(
+        *(LIBRARIES[below] for below in range(floor + 1)), sys.stdlib_module_names, {"medusa_ray"}
+    )
     strangers = {name.split(".")[0] for name in imports(MODULES[module])} - allowed
     assert not strangers, f"{module} stands on floor {floor} and imports {strangers}"
 
@@ -94,7 +100,10 @@ def test_the_engine_knows_neither_ray_nor_config(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "too_heavy"),
-    [("medusa_ray.config", "torch ray transformers"), ("medusa_ray.cli", "torch ray transformers pydantic pyarrow")],
+    [
+        ("medusa_ray.config", "torch ray transformers"),
+        ("medusa_ray.cli", "torch ray transformers pydantic pyarrow"),
+    ],
 )
 def test_what_has_to_answer_at_once_loads_nothing_heavy(module: str, too_heavy: str) -> None:
     code = f"import sys, {module}; print(*sys.modules.keys() & set({too_heavy.split()!r}))"
@@ -109,5 +118,9 @@ def test_no_module_is_a_drawer_for_leftovers() -> None:
 def test_every_module_has_a_line_in_the_readmes_tree() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     files = {path.relative_to(PACKAGE) for path in MODULES.values()}
-    missing = [str(file) for file in files if (file.parent.name if file.stem == "__init__" else file.name) not in readme]
+    missing = [
+        str(file)
+        for file in files
+        if (file.parent.name if file.stem == "__init__" else file.name) not in readme
+    ]
     assert not missing, f"README.md does not say what these are: {sorted(missing)}"

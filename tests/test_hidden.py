@@ -29,20 +29,18 @@ def config_of(folder: Path, base: Path, batch_tokens: int = 64) -> RunConfig:
 
 
 def distill_by_hand(folder: Path, base: Path) -> list[torch.Tensor]:
-    """Two parts of distilled rows, with an error and a reply of one token among them; returns the captured states."""
+    """Two parts of distilled rows, an error and a reply of one token among them; returns captured states."""
     engine = Engine.load(str(base), max_total_tokens=256)
     done = engine.generate(PROMPTS, max_new_tokens=9, ignore_eos=True, capture_hidden=True)
-    rows = [
-        {
-            "id": f"{i}/0/0", "prompt_ids": prompt, "reply_ids": completion.token_ids, "finish_reason": "length",
-            "error": None,
-        }
+    rows: list[dict[str, Any]] = [
+        {"id": f"{i}/0/0", "prompt_ids": prompt, "reply_ids": completion.token_ids, "finish_reason": "length"}
         for i, (prompt, completion) in enumerate(zip(PROMPTS, done, strict=True))
-    ]  # fmt: skip
+    ]
     rows[1] |= {"reply_ids": [], "finish_reason": None, "error": "too long: very"}
     rows[2] |= {"reply_ids": rows[2]["reply_ids"][:1]}
     for index, some in enumerate((rows[:4], rows[4:])):
-        parts.write(f"{folder}/distilled", parts.part_name(index), pa.Table.from_pylist(some, records.DISTILLED))
+        table = pa.Table.from_pylist(some, records.DISTILLED)
+        parts.write(f"{folder}/distilled", parts.part_name(index), table)
     provenance.write(f"{folder}/distilled", {}, {})
     return [done[i].hidden_TC[:-1] for i in (0, 3, 4, 5)]
 
@@ -79,7 +77,8 @@ def test_states_are_what_the_output_layer_takes(tiny_base: Path, tmp_path: Path)
     """States before the last norm would agree in shape and train worse."""
     distill_by_hand(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base)
-    hidden.Body(config, str(tiny_base), "cpu", f"{tmp_path}/distilled", f"{tmp_path}/hidden")({"part": "part-000001"})
+    body = hidden.Body(config, str(tiny_base), "cpu", f"{tmp_path}/distilled", f"{tmp_path}/hidden")
+    body({"part": "part-000001"})
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     for row in rows_of(config):
         state_TC = torch.frombuffer(bytearray(row["hidden"]), dtype=torch.float32).view(-1, 32)
@@ -88,7 +87,7 @@ def test_states_are_what_the_output_layer_takes(tiny_base: Path, tmp_path: Path)
 
 
 def test_distilled_rows_that_are_not_finished_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="distilled is not finished. Run the distill stage first"):
+    with pytest.raises(UserError, match=r"distilled is not finished\. Run the distill stage"):
         hidden.run(config_of(tmp_path, tiny_base))
 
 

@@ -21,7 +21,7 @@ def test_parts_of_the_same_key_are_kept_and_others_are_cleared(tmp_path: Path) -
     assert parts.begin(folder, "key") == set()
 
 
-def test_a_folder_half_cleared_does_not_look_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_half_cleared_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     parts.write(folder, parts.part_name(0), TABLE)
     provenance.write(folder, {}, {})
@@ -75,5 +75,5 @@ def test_parts_can_live_wherever_fsspec_reaches() -> None:
 
 def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/distilled cannot be written: .* Set output to a place"):
+    with pytest.raises(UserError, match=r"file/distilled cannot be written: .* Set output to a place"):
         parts.begin(str(tmp_path / "file" / "distilled"), "key")

@@ -1,4 +1,4 @@
-"""Provenance decides what is done again. A key that is too coarse keeps a stale artifact; too fine, and nothing resumes."""
+"""Provenance decides what is done again: too coarse a key keeps what is stale, too fine a one resumes none."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,16 @@ def test_an_artifact_is_complete_for_just_its_config_and_inputs(tmp_path: Path) 
 def test_a_record_says_how_the_artifact_came_about(tmp_path: Path) -> None:
     provenance.write(str(tmp_path), CONFIG, {"hidden": "1"}, num_rows=3)
     record = json.loads((tmp_path / "provenance.json").read_text())
-    assert record.keys() == {"key", "written", "command", "config", "inputs", "revision", "versions", "num_rows"}
+    assert record.keys() == {
+        "key",
+        "written",
+        "command",
+        "config",
+        "inputs",
+        "revision",
+        "versions",
+        "num_rows",
+    }
     assert (record["config"], record["inputs"], record["num_rows"]) == (CONFIG, {"hidden": "1"}, 3)
     assert {"python", "torch", "ray", "medusa_ray"} <= record["versions"].keys()
 
@@ -49,7 +58,11 @@ def test_the_digest_of_an_artifact_is_its_key_wherever_it_lies(tmp_path: Path) -
     for name in ("a", "b"):
         provenance.write(str(tmp_path / name), CONFIG, {})
         (tmp_path / name / "rows.parquet").write_text(name)
-    assert provenance.digest(str(tmp_path / "a")) == provenance.digest(str(tmp_path / "b")) == provenance.key(CONFIG, {})
+    assert (
+        provenance.digest(str(tmp_path / "a"))
+        == provenance.digest(str(tmp_path / "b"))
+        == provenance.key(CONFIG, {})
+    )
 
 
 def test_the_digest_of_a_plain_folder_follows_names_and_sizes(tmp_path: Path) -> None:

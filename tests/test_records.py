@@ -15,7 +15,7 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_table_survives_parquet_with_its_types(name: str, tmp_path: Path) -> None:
-    """Token ids must stay plain int32 lists: Ray's own converters turn them into tensors when their lengths agree."""
+    """Token ids must stay plain int32 lists: Ray's converters make tensors of them when lengths agree."""
     schema = SCHEMAS[name]
     pq.write_table(schema.empty_table(), tmp_path / "rows.parquet")
     assert pq.read_table(tmp_path / "rows.parquet").schema.equals(schema)
@@ -28,12 +28,14 @@ def test_columns_come_in_order_and_strangers_are_dropped() -> None:
 
 
 def test_a_missing_column_is_named_with_the_stage_to_run_again() -> None:
-    with pytest.raises(ValueError, match=r"evaluation lacks the columns \['reference'\]; it has \['id', 'reply'\]"):
+    with pytest.raises(
+        ValueError, match=r"evaluation lacks the columns \['reference'\]; it has \['id', 'reply'\]"
+    ):
         records.check_columns(pa.table({"id": ["a"], "reply": ["b"]}), records.REPLIES, "evaluation")
 
 
 def test_a_hidden_row_asks_a_head_only_where_a_label_exists() -> None:
-    """Three prompt tokens and four reply tokens: the head at t guesses t + 2, which the states at 2, 3 and 4 still have."""
+    """Three prompt tokens and four of a reply: a head at t guesses t + 2, which exists for t = 2, 3, 4."""
     row = records.hidden_row("a", [5, 6, 7], [1, 2, 3, 4], b"")
     assert row["position"] == [2, 3, 4]
     assert row["input_ids"][row["position"][-1] + 2] == 4

@@ -21,7 +21,7 @@ def test_auto_takes_a_gpu_where_there_is_one(cluster_of: Callable[..., None]) ->
     ]  # fmt: skip
     cluster_of(CPU=4.0)
     assert shards.device_of(ModelConfig(base="b")) == "cpu"
-    with pytest.raises(UserError, match="model.device is 'cuda', but no node of Ray has a GPU"):
+    with pytest.raises(UserError, match=r"model\.device is 'cuda', but no node of Ray has a GPU"):
         shards.device_of(ModelConfig(base="b", device="cuda"))
 
 
@@ -55,5 +55,5 @@ def test_a_users_mistake_in_a_worker_reaches_the_user(ray_cluster: None) -> None
     good = [shards.put({"n": n}) for n in (0, 1)]
     results = shards.run("test", good, make_worker, **shards.tasks(2, 1))
     assert sorted(result["twice"] for result in results) == [0, 2]
-    with pytest.raises(UserError, match="^two is one too many$"):
+    with pytest.raises(UserError, match=r"^two is one too many$"):
         list(shards.run("test", [*good, shards.put({"n": 2})], make_worker, **shards.tasks(3, 1)))

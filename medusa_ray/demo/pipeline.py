@@ -1,7 +1,7 @@
-"""`medusa-ray demo`: the whole path, from chats to a report, on the embedded text-to-SQL task or on the user's chats.
+"""`medusa-ray demo`: the whole path, from chats to a report, on embedded text-to-SQL chats or the user's own.
 
-Every step leaves its artifact with a provenance in the output folder and is skipped when that is whole and its config
-unchanged, so a demo killed anywhere goes on when it is called again. One that has ended starts nothing at all.
+Every step leaves its artifact with a provenance in the output folder and is skipped when that is whole and
+its config unchanged, so a demo killed anywhere goes on when called again, and one that ended does nothing.
 """
 
 import fcntl
@@ -21,8 +21,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from medusa_ray import cli, provenance
+from medusa_ray import provenance
 from medusa_ray import report as reporting
+from medusa_ray.cli import STAGES, figures, run_stage
+from medusa_ray.cli.cluster import check_port, check_writable, cluster, prepare_ray
+from medusa_ray.cli.progress import step
 from medusa_ray.config import RunConfig, ServeConfig, Strict, TrafficConfig, UserError, parse
 from medusa_ray.demo import chats as generator
 
@@ -37,7 +40,7 @@ ARMS = ("baseline", "medusa")
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything one demo does: the one place to trade its time against the width of its intervals."""
+    """How much of everything one demo does: where its time is traded against the width of its intervals."""
 
     num_train: int
     num_test: int
@@ -51,18 +54,33 @@ class Size:
     base_samples: int  # chats, with repetition, that a base trained on the spot sees
 
 
-FULL = Size(2000, 300, 100, 4, num_parity=200, num_speed=40, num_requests=48, rounds=2, max_seconds=20, base_samples=25_000)
-FAST = Size(200, 60, 30, 4, num_parity=20, num_speed=8, num_requests=8, rounds=1, max_seconds=5, base_samples=2_000)
+FULL = Size(
+    num_train=1600, num_test=250, num_out_of_domain=80, epochs=3, num_parity=200, num_speed=40,
+    num_requests=32, rounds=2, max_seconds=30, base_samples=25_000,
+)  # fmt: skip
+FAST = Size(
+    num_train=200, num_test=60, num_out_of_domain=30, epochs=4, num_parity=20, num_speed=8,
+    num_requests=8, rounds=1, max_seconds=5, base_samples=2_000,
+)  # fmt: skip
 
 
-def run(out: Path, data: str | None = None, fast: bool = False, train_base: str | None = None, port: int | None = None) -> None:
+def run(
+    out: Path,
+    data: str | None = None,
+    fast: bool = False,
+    train_base: str | None = None,
+    port: int | None = None,
+) -> None:
     """Runs all eight steps into the folder `out` and shows what they found.
 
     `data` names the user's own chats. The shipped base does not know them, so one is trained on the spot, as
-    `train_base`, a name of its size, asks for too. Raises UserError for what cannot be read, written or served.
+    `train_base`, a name of its size, asks for too. Raises UserError for what cannot be read, written or
+    served.
     """
     started = time.monotonic()
-    demo = Demo(out.resolve(), data, FAST if fast else FULL, "0.9m" if data and not train_base else train_base, port)
+    if data and not train_base:
+        train_base = "0.9m"
+    demo = Demo(out.resolve(), data, FAST if fast else FULL, train_base, port)
     if demo.is_complete():
         print(f"{demo.out} is complete; nothing to do.")
     else:
@@ -76,7 +94,7 @@ def run(out: Path, data: str | None = None, fast: bool = False, train_base: str 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps a second demo off the same folder. The kernel drops the lock with the process, however that ends."""
+    """Keeps a second demo off the folder. The kernel drops the lock with the process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
@@ -91,7 +109,9 @@ def locked(out: Path) -> Iterator[None]:
 class Demo:
     """The steps of one demo, and the files that they share."""
 
-    def __init__(self, out: Path, data: str | None, size: Size, train_base: str | None, port: int | None) -> None:
+    def __init__(
+        self, out: Path, data: str | None, size: Size, train_base: str | None, port: int | None
+    ) -> None:
         self.out, self.data, self.size, self.train_base, self.port = out, data, size, train_base, port
         self.base = str(out / "base") if train_base else str(SHIPPED_BASE)
         self.config = run_config(out, self.base, data, size)
@@ -103,47 +123,45 @@ class Demo:
     def inputs(self) -> dict[str, str]:
         """Digests of what came in and of all artifacts: a demo counts as whole only while each of them is."""
         inputs = {name: provenance.digest(str(self.out / name)) for name in ARTIFACTS}
-        return inputs | {"base": provenance.digest(self.base)} | ({"data": provenance.digest(self.data)} if self.data else {})
+        inputs["base"] = provenance.digest(self.base)
+        if self.data:
+            inputs["data"] = provenance.digest(self.data)
+        return inputs
 
     def check(self) -> None:
         """Raises UserError for all that can be known to fail before anything is written."""
-        cli.check_writable(str(self.out))
+        check_writable(str(self.out))
         if self.port:
-            cli.check_port(HOST, self.port)
-        cli.prepare_ray()
+            check_port(HOST, self.port)
+        prepare_ray()
         if self.data:
             self.own_chats()
-        if self.train_base:
-            from medusa_ray.demo.train_base import RECIPES
-
-            if self.train_base not in RECIPES:
-                raise UserError(f"--train-base is {self.train_base!r}; expected one of {', '.join(RECIPES)}.")
 
     def run(self) -> None:
-        with cli.step("chats") as facts:
+        with step("chats") as facts:
             self.write_chats()
-            facts.update(cli.figures(str(self.out / "chats")))
+            facts.update(figures(str(self.out / "chats")))
         write_yaml(self.out / "run.yaml", self.config)
         from medusa_ray import serve
 
         os.environ.update(serve.environment())
-        with cli.cluster(OBJECT_STORE_BYTES):
+        with cluster(OBJECT_STORE_BYTES):
             if self.train_base:
-                with cli.step("base") as facts:
+                with step("base") as facts:
                     self.write_base(self.train_base)
-                    facts.update(cli.figures(self.base))
-            for stage in cli.STAGES:
-                cli.run_stage(stage, self.config)
+                    facts.update(figures(self.base))
+            for stage in STAGES:
+                run_stage(stage, self.config)
             if not self.data:  # the answers of a user's chats have no database to run in
-                with cli.step("quality") as facts:
+                with step("quality") as facts:
                     facts.update(self.measure_quality())
             self.measure_speed()
-        with cli.step("report"):
+        with step("report"):
             reporting.run(str(self.out))
         provenance.write(str(self.out), self.settings, self.inputs())
 
     def write_chats(self) -> None:
-        """Generated chats -> chats/SPLIT.jsonl, each answer run once; of the user's own only a contrast is missing."""
+        """Generated chats -> chats/SPLIT.jsonl, each answer run once; the user's own lack only a contrast."""
         folder = self.out / "chats"
         num_chats = {"out_of_domain": self.size.num_out_of_domain}
         if not self.data:
@@ -159,7 +177,9 @@ class Demo:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             if rows:
                 (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        provenance.write(str(folder), settings, {}, num_chats=sum(num_chats.values()), num_with_rows=num_with_rows)
+        provenance.write(
+            str(folder), settings, {}, num_chats=sum(num_chats.values()), num_with_rows=num_with_rows
+        )
 
     def own_chats(self) -> list[dict[str, Any]]:
         """The user's training chats, all of them; raises UserError at the first row that is none."""
@@ -167,8 +187,17 @@ class Demo:
 
         whole = self.config.data.model_copy(update={"num_train": None, "out_of_domain": None})
         shards = data.plan(data.find_sources(whole), whole)
-        chats = (chat for shard in shards if shard["split"] == "train" for chat in zip(shard["chat"], shard["error"], strict=True))
-        return [{"messages": messages} for text, error in chats if not error and isinstance(messages := json.loads(text), list)]
+        chats = (
+            chat
+            for shard in shards
+            if shard["split"] == "train"
+            for chat in zip(shard["chat"], shard["error"], strict=True)
+        )
+        return [
+            {"messages": messages}
+            for text, error in chats
+            if not error and isinstance(messages := json.loads(text), list)
+        ]
 
     def write_base(self, size: str) -> None:
         from medusa_ray.demo.train_base import train_base
@@ -188,7 +217,8 @@ class Demo:
             replies = pq.read_table(f"{folder}/replies.parquet").to_pylist()
             answers = [{"role": "assistant", "content": row["reference"]} for row in replies]
             chats = [
-                {"messages": [*prompts[row["id"]]["messages"], answer]} for row, answer in zip(replies, answers, strict=True)
+                {"messages": [*prompts[row["id"]]["messages"], answer]}
+                for row, answer in zip(replies, answers, strict=True)
             ]
             scores = quality.score(chats, [row["reply"] for row in replies])
             provenance.write_json(path, {**scores, "evaluation": of})
@@ -197,28 +227,38 @@ class Demo:
     def measure_speed(self) -> None:
         """Serves both arms and sends them the same traffic, over whichever port is free.
 
-        A benchmark knows its targets by their URLs alone, so what answered there is remembered beside its results.
+        A benchmark knows its targets by their URLs alone, so what answered there is kept beside its results.
         """
         served = serve_config(self.out, self.base, self.port or free_port())
         traffic = traffic_config(self.out, self.base, served.http_options.port, self.size)
-        answering = {name: provenance.digest(str(self.out / name)) for name in ("prompts", "heads", "evaluation")}
+        answering = {
+            name: provenance.digest(str(self.out / name)) for name in ("prompts", "heads", "evaluation")
+        }
         key = provenance.key(traffic.model_dump(exclude={"targets"}), answering)
         folder = self.out / "bench"
-        if not (provenance.read(str(folder)) and provenance.read_json(f"{folder}/served.json")["key"] == key):
-            from medusa_ray import bench, serve
+        mark = folder / "served.json"
+        if mark.exists() and provenance.read_json(str(mark))["key"] == key:
+            return
+        from medusa_ray import bench, serve
+        from medusa_ray.demo import serve_paths
 
-            shutil.rmtree(folder, ignore_errors=True)
-            provenance.write_json(f"{folder}/served.json", {"key": key})
-            write_yaml(self.out / "serve.yaml", served)
-            write_yaml(self.out / "traffic.yaml", traffic)
-            with cli.step("serve") as facts:
-                facts.update(serve.deploy(served))
-            with cli.step("bench") as facts:
-                facts.update(cli.figures(bench.run(traffic)))
-            serve.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+        write_yaml(self.out / "serve.yaml", served)
+        write_yaml(self.out / "traffic.yaml", traffic)
+        with step("serve") as facts:
+            urls = serve.deploy(served)
+            facts.update(urls)
+        with step("bench") as facts:
+            facts.update(figures(bench.run(traffic)))
+            # What the way to a replica adds, which no arm can help.
+            paths = serve_paths.compare(urls["baseline"], "baseline", min(20, self.size.num_requests))
+            results = provenance.read_json(f"{folder}/bench.json")
+            provenance.write_json(f"{folder}/bench.json", {**results, "serve_paths": paths})
+        serve.shutdown()
+        provenance.write_json(str(mark), {"key": key})
 
 
-# ------------------------------------------------------------------------------------------------------ configs
+# ---------------------------------------------------------------------------------------------------- configs
 
 
 def run_config(out: Path, base: str, data: str | None, size: Size) -> RunConfig:
@@ -241,7 +281,7 @@ def run_config(out: Path, base: str, data: str | None, size: Size) -> RunConfig:
             "epochs": size.epochs,
             "batch_size": 128,
             "warmup_steps": 20,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "dtype": "float32",
             "seed": SEED,
         },
@@ -255,7 +295,8 @@ def serve_config(out: Path, base: str, port: int) -> ServeConfig:
     engine = {"base": base, "dtype": "float32", "device": "cpu", "max_total_tokens": 640, "threads": 1}
     heads = {"baseline": None, "medusa": str(out / "heads")}
     applications = [
-        {"name": arm, "route_prefix": f"/{arm}", "args": {"model_id": arm, "heads": heads[arm], **engine}} for arm in ARMS
+        {"name": arm, "route_prefix": f"/{arm}", "args": {"model_id": arm, "heads": heads[arm], **engine}}
+        for arm in ARMS
     ]
     raw = {"http_options": {"host": HOST, "port": port}, "applications": applications}
     return parse(ServeConfig, raw, "the demo's own serve.yaml")
@@ -284,7 +325,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------------------ the end
+# ---------------------------------------------------------------------------------------------------- the end
 
 
 def show(report: dict[str, Any]) -> None:
@@ -299,4 +340,6 @@ def show(report: dict[str, Any]) -> None:
     console.print(grid)
     for line in (reporting.caption(report), *reporting.caveats(report)):
         console.print(line, highlight=False, markup=False)
-    console.print(f"verdict  {report['verdict']['reason']}", style="bold", highlight=False, markup=False)
+    console.print(
+        f"verdict  {report['verdict']['reason']}", style="bold", highlight=False, markup=False, soft_wrap=True
+    )

@@ -1,18 +1,19 @@
 """The ways through Ray Serve to a replica -> what each costs per request and per token.
 
-`compare` measures two of them on an application that runs. `python -m medusa_ray.demo.serve_paths` measures three
-with an engine that takes no time, a Ray cluster each, and prints a table.
+`compare` measures two of them on an application that runs. `python -m medusa_ray.demo.serve_paths` measures
+three with an engine that takes no time, on a Ray cluster each, and prints a table.
 """
 
 import asyncio
 import http.client
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,16 +24,16 @@ from medusa_ray.medusa.scheduler import Request
 
 NUM_TOKENS = 32
 NUM_WARMUP = 3
-PATHS = {
-    "Ray Serve's default": dict[str, str],
+PATHS: dict[str, Callable[[], dict[str, str]]] = {
+    "Ray Serve's default": dict,
     "throughput settings": lambda: {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
     "HAProxy": stage.environment,
 }
 
 
 def compare(url: str, model: str, num_requests: int = 20) -> dict[str, dict[str, float]]:
-    """Figures of a running application through each proxy: HAProxy, where the environment has one, and Ray Serve's
-    own, which then stays behind it on a port of its own."""
+    """Figures of a running application by proxy: HAProxy, where the environment has it, and Ray Serve's own,
+    which then stays behind it on another port."""
     port = os.environ.get(stage.FALLBACK_PORT)
     if port is None:
         return {"Ray Serve's own proxy": measure(url, model, num_requests)}
@@ -44,8 +45,8 @@ def compare(url: str, model: str, num_requests: int = 20) -> dict[str, dict[str,
 
 
 def measure(url: str, model: str, num_requests: int = 40) -> dict[str, float]:
-    """Medians over requests sent one after the other over one connection, in ms: a whole reply of one token, the
-    first token of a stream, and each further one."""
+    """Medians in ms, over requests sent one after the other on one connection: of a whole reply of one token,
+    of the first token of a stream, and of each further one."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(f"{parts.hostname}", parts.port, timeout=60)
     fixed = {"model": model, "prompt": "SELECT", "temperature": 0, "ignore_eos": True}
@@ -99,10 +100,10 @@ class Instant:
         return ""
 
 
-class InstantReplica:
+class Replica:
     def __serve_build_asgi_app__(self) -> Any:
-        server: Any = stage.Server(Instant(), Instant(), EngineConfig(model_id="instant", base="-"))  # type: ignore[arg-type]
-        return stage.build_api(server)
+        instant: Any = Instant()
+        return stage.build_api(stage.Server(instant, instant, EngineConfig(model_id="instant", base="-")))
 
 
 def measure_without_model(path: str) -> dict[str, float]:
@@ -111,12 +112,10 @@ def measure_without_model(path: str) -> dict[str, float]:
     import ray
     from ray import serve
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     port = stage.free_port()
     serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
-    serve.run(
-        serve.deployment(serve.ingress()(InstantReplica)).bind(), name="instant", route_prefix="/instant"
-    )
+    serve.run(serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), route_prefix="/instant")
     url = f"http://127.0.0.1:{port}/instant"
     stage.wait_for_route(f"{url}/health", time.monotonic() + 60)
     return measure(url, "instant")

@@ -136,15 +136,16 @@ def shown(curve: Path) -> Iterator[None]:
     """Logs the lines that the workers, which are other processes, add to the curve meanwhile."""
     done = threading.Event()
 
-    def follow() -> None:
-        num_shown = 0
-        while not done.wait(2):
-            lines = curve.read_text(encoding="utf-8").splitlines() if curve.exists() else []
-            for line in lines[num_shown:]:
-                log.info(" ".join(f"{name}={value:.6g}" for name, value in json.loads(line).items()))
-            num_shown = len(lines)
+    def lines() -> list[str]:
+        return curve.read_text(encoding="utf-8").splitlines() if curve.exists() else []
 
-    thread = threading.Thread(target=follow, daemon=True)
+    def follow(num_shown: int) -> None:
+        while not done.wait(2):
+            for line in lines()[num_shown:]:
+                num_shown += 1
+                log.info(" ".join(f"{name}={value:.7g}" for name, value in json.loads(line).items()))
+
+    thread = threading.Thread(target=follow, args=[len(lines())], daemon=True)
     thread.start()
     try:
         yield
@@ -365,7 +366,9 @@ def save(
             torch.save(state, f"{folder}/{STATE}")
             checkpoint = Checkpoint.from_directory(folder)
             lines = [json.dumps(row) + "\n" for row in progress["curve"]]
-            (work / CURVE).write_text("".join(lines), encoding="utf-8")
+            part = work / f"{CURVE}.part"
+            part.write_text("".join(lines), encoding="utf-8")
+            part.rename(work / CURVE)
         ray.train.report(dict(progress), checkpoint=checkpoint)
 
 

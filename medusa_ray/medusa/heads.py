@@ -1,13 +1,14 @@
 """Hidden states of the base -> guesses of the tokens after the next one.
 
-Head k (from 0) sees the base's last hidden state at position t, after the final norm, and guesses token t + 2 + k,
-where the base itself predicts t + 1. A head is a stack of residual blocks x + SiLU(Wx + b) and an output layer: its
-own (layout "own") or the base's (layout "shared"). Medusa paper: arXiv 2401.10774, section 2.1.1.
+Head k (from 0) sees the base's last hidden state at position t, after the final norm, and guesses token
+t + 2 + k, where the base itself predicts t + 1. A head is a stack of residual blocks x + SiLU(Wx + b) and an
+output layer: its own (layout "own") or the base's (layout "shared"). Medusa paper: arXiv 2401.10774, 2.1.1.
 
 # B states   H heads   L blocks of a head   C hidden   V vocabulary   K ranks
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,8 +39,8 @@ class ResidualBlock(nn.Module):
 class MedusaHeads(nn.ModuleList):
     """One nn.Sequential per head, so that state_dict() has the names of TGI's layout as they are.
 
-    `{h}.{l}.linear.weight` and `{h}.{l}.linear.bias` are block l of head h, `{h}.{L}.weight` its own output layer.
-    Blocks begin as the identity, so heads fresh from `init_from` all repeat the base's prediction of the next token.
+    `{h}.{l}.linear.weight` and `{h}.{l}.linear.bias` are block l of head h, `{h}.{L}.weight` its own output
+    layer. Blocks begin as the identity, so heads fresh from `init_from` repeat the base's own next token.
     """
 
     output_VC: Tensor | None  # layout "shared" only, from init_from
@@ -73,7 +74,7 @@ class MedusaHeads(nn.ModuleList):
         if lm_head_weight_VC.shape != (self.vocab_size, self.hidden_size):
             raise ValueError(
                 f"the base's output layer is {list(lm_head_weight_VC.shape)}, but the heads are made for a "
-                f"vocabulary of {self.vocab_size} and a hidden size of {self.hidden_size}: they belong to another base."
+                f"vocabulary of {self.vocab_size} and a hidden size of {self.hidden_size}: another base's."
             )
         if self.layout == "shared":
             self.output_VC = lm_head_weight_VC.detach()
@@ -124,8 +125,8 @@ class MedusaHeads(nn.ModuleList):
         self._stacks = None
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # torch's own signature: .to(), .half() ...
-        self._stacks = None  # they would stay behind on the old device
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MedusaHeads":
+        self._stacks = None  # .to() and its like would leave them behind
         return super()._apply(fn, recurse)
 
     def save(self, folder: str | Path, base: str) -> None:
@@ -184,7 +185,7 @@ class MedusaHeads(nn.ModuleList):
 
 
 class _Stacks:
-    """Weights of all heads, one tensor per layer. The modules' own become views of it, so nothing is held twice."""
+    """Weights of all heads, one tensor per layer. The modules' own become views of it: none is held twice."""
 
     def __init__(self, heads: MedusaHeads) -> None:
         with torch.inference_mode(False):  # or the modules could never be trained again
@@ -224,8 +225,8 @@ def _shape_of(tensors: dict[str, Tensor], folder: str) -> dict[str, Any]:
     first = tensors.get("0.0.linear.weight")
     if first is None or first.dim() != 2:
         raise ValueError(
-            f"{folder}/{WEIGHTS} has no matrix 0.0.linear.weight, but {sorted(tensors)[:4]}: it does not hold heads "
-            "in TGI's layout."
+            f"{folder}/{WEIGHTS} has no matrix 0.0.linear.weight, but {sorted(tensors)[:4]}: these are not "
+            "heads in TGI's layout."
         )
     num_heads = len({name.split(".")[0] for name in tensors})
     num_layers = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in tensors)

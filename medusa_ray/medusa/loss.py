@@ -37,7 +37,7 @@ def labels_for(input_ids: Tensor, label_mask: Tensor, position: Tensor, num_head
     """
     asked_NH = position.unsqueeze(1) + torch.arange(2, num_heads + 2)
     # Places past the end read the padding, which is IGNORED.
-    labels = F.pad(torch.where(label_mask, input_ids, IGNORED), (0, num_heads + 1), value=IGNORED)
+    labels = F.pad(torch.where(label_mask, input_ids, IGNORED).long(), (0, num_heads + 1), value=IGNORED)
     return labels[asked_NH]
 
 
@@ -51,7 +51,7 @@ def medusa_loss(
 ) -> HeadLoss:
     """Sum over heads of head_weight ** k times head k's mean cross entropy (arXiv 2401.10774, equation 1).
 
-    cross_entropy: from `cross_entropy_for`, chosen once per run. A head that has no label here adds 0, not NaN.
+    cross_entropy: from `cross_entropy_for`, chosen once per run. A head without a label here adds 0, not NaN.
     """
     losses, top1 = [], []
     for head in range(heads.num_heads):

@@ -1,0 +1,236 @@
+"""The door: one verb per stage. A user's mistake ends with exit code 2 and a message, a bug in a traceback.
+
+Stages are imported when their verb runs: `--help` answers at once, `validate` needs neither torch nor ray.
+"""
+
+import importlib
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from medusa_ray.cli.progress import step
+
+if TYPE_CHECKING:
+    from medusa_ray.config import RunConfig
+
+STAGES = ("data", "distill", "hidden", "train", "evaluate")
+BaseSize = Literal["0.9m", "8m"]  # the names of demo.train_base.RECIPES, which takes seconds to import
+
+app = typer.Typer(
+    name="medusa-ray",
+    help="Medusa heads on Ray: self-distil, train, serve and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Words that start with a dash go to the overrides, where flags of the original script are recognised.
+LENIENT = {"ignore_unknown_options": True}
+RunFile = Annotated[
+    str, typer.Argument(help="YAML of the run: a path or a URI.", metavar="RUN.YAML", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace the file's.", metavar="[KEY=VALUE]...", show_default=False),
+]
+
+
+def main() -> None:
+    """The command `medusa-ray`."""
+    try:
+        app()
+    except ValueError as error:
+        from medusa_ray.config import UserError
+
+        # What fails inside Ray comes back as an error of both classes, with the original as its cause.
+        cause = getattr(error, "cause", error)
+        if not isinstance(cause, UserError):
+            raise
+        print(f"medusa-ray: {cause}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------------ verbs
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder that takes everything.")] = Path("medusa-demo"),
+    data: Annotated[str | None, typer.Option(help="Your own chats instead of the generated ones.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Smaller everything, still all eight steps.")] = False,
+    train_base: Annotated[
+        BaseSize | None, typer.Option(help="Train a base of this size on the spot; --data implies 0.9m.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="HTTP port of the servers; a free one is taken by default.")
+    ] = None,
+) -> None:
+    """The whole path on the embedded text-to-SQL task; goes on where it stopped."""
+    from medusa_ray.demo import pipeline
+
+    pipeline.run(out, data=data, fast=fast, train_base=train_base, port=port)
+
+
+@app.command()
+def validate(
+    files: Annotated[list[str], typer.Argument(help="Run, serve or traffic YAML.", metavar="FILE...")],
+) -> None:
+    """Check run, serve and traffic files; misspelt keys are named with the nearest right one."""
+    from medusa_ray import config
+
+    problems = []
+    for file in files:
+        try:
+            raw = config.read(file)
+            kind = config.kind_of(raw)
+            config.parse(kind, raw, file)
+            print(f"{file}: a valid {kind.__name__}")
+        except config.UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise config.UserError("\n".join(["invalid", *problems]))
+
+
+@app.command(context_settings=LENIENT)
+def plan(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Show the resolved config, parameters, memory, disk, rows and steps of a run; runs nothing."""
+    import yaml
+
+    from medusa_ray import config
+    from medusa_ray.cli.estimate import estimate
+
+    run_config = config.load(config.RunConfig, run_yaml, overrides or ())
+    print(yaml.safe_dump(run_config.model_dump(), sort_keys=False))
+    for name, value in estimate(run_config):
+        print(f"{name:<32} {value}")
+
+
+@app.command(context_settings=LENIENT)
+def data(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Chats from anywhere -> prompt rows."""
+    run_stages(("data",), run_yaml, overrides)
+
+
+@app.command(context_settings=LENIENT)
+def distill(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Prompts -> what the base itself answers, as token ids, with hidden states where asked."""
+    run_stages(("distill",), run_yaml, overrides)
+
+
+@app.command(context_settings=LENIENT)
+def hidden(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Distilled replies -> hidden states of the frozen base."""
+    run_stages(("hidden",), run_yaml, overrides)
+
+
+@app.command(context_settings=LENIENT)
+def train(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Hidden states -> heads."""
+    run_stages(("train",), run_yaml, overrides)
+
+
+@app.command(context_settings=LENIENT)
+def evaluate(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """Heads -> accuracy and acceptance on held-out prompts, and a calibrated tree."""
+    run_stages(("evaluate",), run_yaml, overrides)
+
+
+@app.command(context_settings=LENIENT)
+def run(run_yaml: RunFile, overrides: Overrides = None) -> None:
+    """data, distill, hidden, train and evaluate in order, skipping what is complete."""
+    run_stages(STAGES, run_yaml, overrides)
+
+
+@app.command()
+def serve(serve_yaml: Annotated[str, typer.Argument(metavar="SERVE.YAML", show_default=False)]) -> None:
+    """Deploy the applications of a file on the cluster found, or on a local one until Ctrl-C."""
+    from medusa_ray import config
+    from medusa_ray.cli.cluster import cluster, prepare_ray
+
+    serve_config = config.load(config.ServeConfig, serve_yaml)
+    prepare_ray()
+    from medusa_ray import serve as stage
+
+    is_local = not os.environ.get("RAY_ADDRESS")
+    if is_local:
+        os.environ.update(stage.environment())
+    with cluster():
+        with step("serve"):
+            urls = stage.deploy(serve_config)
+        for application in serve_config.applications:
+            print(f"{application.args.model_id}: {urls[application.name]}/v1", flush=True)
+        if is_local:
+            print("Ctrl-C ends the servers.", flush=True)
+            try:
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                stage.shutdown()
+
+
+@app.command()
+def bench(traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", show_default=False)]) -> None:
+    """Send the same traffic to each target, interleaved, and keep a row per request."""
+    from medusa_ray import config
+    from medusa_ray.cli.cluster import check_writable
+
+    traffic = config.load(config.TrafficConfig, traffic_yaml)
+    check_writable(traffic.output)
+    with step("bench") as facts:
+        from medusa_ray import bench as stage
+
+        facts.update(figures(stage.run(traffic)))
+
+
+@app.command()
+def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="Output folder of a run.")]) -> None:
+    """Results of a run -> report.json, report.html and the console table."""
+    from medusa_ray import report as stage
+
+    with step("report"):
+        written = stage.run(folder)
+    Console().print(stage.table(written))
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def run_stages(names: tuple[str, ...], run_yaml: str, overrides: list[str] | None) -> None:
+    """Runs stages of one file in order, inside one Ray cluster."""
+    from medusa_ray import config
+    from medusa_ray.cli.cluster import check_writable, cluster
+
+    run_config = config.load(config.RunConfig, run_yaml, overrides or ())
+    check_writable(run_config.output)
+    with cluster():
+        for name in names:
+            run_stage(name, run_config)
+
+
+def run_stage(name: str, run_config: "RunConfig") -> None:
+    with step(name) as facts:
+        facts.update(figures(importlib.import_module(f"medusa_ray.{name}").run(run_config)))
+
+
+def figures(artifact: str) -> dict[str, Any]:
+    """The figures in an artifact's provenance beside what all have; `rows.good` for one inside another."""
+    from medusa_ray import provenance
+
+    common = ("key", "written", "command", "config", "inputs", "revision", "versions")
+    facts: dict[str, Any] = {}
+    for key, value in (provenance.read(artifact) or {}).items():
+        if key not in common:
+            facts |= (
+                {f"{key}.{inner}": figure for inner, figure in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
+    return {
+        key: round(value, 3) if isinstance(value, float) else value
+        for key, value in facts.items()
+        if isinstance(value, int | float | str)
+    }
