@@ -1,7 +1,7 @@
 """Messages -> token ids, and token ids -> text. Every stage renders chats through here and nowhere else.
 
-Training and serving drift apart silently when two places render: a second BOS or a lost end-of-turn token still
-trains, and only acceptance drops.
+Training and serving drift apart silently when two places render: a second BOS or a lost end-of-turn token
+still trains, and only acceptance drops.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Chat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the messages with the generation prompt, ready for the model to answer.
 
-        The template itself writes BOS, so none is added. Raises ValueError when the base has no template or the
-        template refuses the messages.
+        The template itself writes BOS, so none is added. Raises ValueError when the base has no template or
+        the template refuses the messages.
         """
         return self._render(messages, add_generation_prompt=True)
 
@@ -46,7 +46,7 @@ class Chat:
 
         prompt_ids: what the messages render to, where the caller knows it; half the work is saved.
 
-        Whatever the template puts after that token (a newline, say) is left off: the model never generates it.
+        Whatever the template puts after that token (a newline, say) is left off: no model generates it.
         Raises ValueError when the template renders the history differently once it is answered.
         """
         prompt = self.prompt_ids(messages) if prompt_ids is None else list(prompt_ids)
@@ -54,8 +54,9 @@ class Chat:
         whole = self._render([*messages, turn], add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:
             raise ValueError(
-                "the chat template renders these messages differently with and without an answer, so the answer's "
-                "tokens cannot be told apart. Use distill.replies: generate, which keeps token ids as generated."
+                "the chat template renders these messages differently with and without an answer, so the "
+                "answer's tokens cannot be told apart. Use distill.replies: generate, which keeps token ids "
+                "as generated."
             )
         ids = whole[len(prompt) :]
         ends = [i for i, token in enumerate(ids) if token in self.eos_ids]

@@ -111,7 +111,11 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
 
     chat = Chat.load(config.model.base, config.model.revision)
     texts = [chat.text(reply.token_ids) for reply in replies]
-    exact = [text.strip() == row["reference"].strip() for text, row in zip(texts, prompts, strict=True) if row["reference"]]
+    exact = [
+        text.strip() == row["reference"].strip()
+        for text, row in zip(texts, prompts, strict=True)
+        if row["reference"]
+    ]
     evaluation = {
         "prompts": len(prompts),
         "quality": {"exact_match": statistics.fmean(exact)} if exact else {},
@@ -211,7 +215,9 @@ def plain_generate(model: PreTrainedModel, prompts: list[list[int]], max_new_tok
         for start in range(0, len(order), BATCH_SIZE):
             batch = order[start : start + BATCH_SIZE]
             longest = len(prompts[batch[-1]])
-            ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+            ids = torch.tensor(
+                [[0] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device
+            )
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
             out = model.generate(
                 ids, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
@@ -245,7 +251,9 @@ def compare_speed(
 
     def plain(prompt: list[int]) -> int:
         ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
         return out.shape[1] - len(prompt)
 
     def engine(engine: Engine) -> Callable[[list[int]], int]:

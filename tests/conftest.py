@@ -1,10 +1,14 @@
-"""Fixtures that the whole suite shares: a tiny model with a tokenizer, and one Ray cluster for all tests that need one."""
+"""Fixtures of the whole suite: a tiny model with a tokenizer, and one Ray cluster for all tests that need one."""
 
 import os
 
 # Before ray or deepspeed are imported anywhere.
 os.environ.update(
-    RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    DS_ACCELERATOR="cpu",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
 )
 
 from collections.abc import Iterator
@@ -29,11 +33,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_base")
     special = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>",
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
         additional_special_tokens=special[3:],
     )
     tokenizer.chat_template = TEMPLATE
@@ -42,9 +51,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     # A wide initial range makes the random model's choices vary with the context instead of repeating one token.
     config = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=False,
+        vocab_size=262,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
@@ -57,8 +75,12 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
-        num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False,
-        logging_level="ERROR", _node_ip_address="127.0.0.1",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
     )
     yield
     ray.shutdown()

@@ -15,7 +15,12 @@ class OracleHeads:
     layout = "own"
 
     def __init__(self, hidden_size: int, vocab_size: int, num_heads: int = 3, skill: float = 0.7) -> None:
-        self.hidden_size, self.vocab_size, self.num_heads, self.skill = hidden_size, vocab_size, num_heads, skill
+        self.hidden_size, self.vocab_size, self.num_heads, self.skill = (
+            hidden_size,
+            vocab_size,
+            num_heads,
+            skill,
+        )
         self.replies: dict[tuple[int, ...], list[int]] = {}
         self.engine = None
         self.random = random.Random(0)

@@ -28,7 +28,8 @@ def plain_replies(tiny_base: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers' own generate says, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     return [
-        model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist() for p in prompts
+        model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
     ]
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_ray.evaluate import check_parity, compare_speed, is_near_tie, ranks_of, tokens_per_step, top_accuracy
+from medusa_ray.evaluate import (
+    check_parity,
+    compare_speed,
+    is_near_tie,
+    ranks_of,
+    tokens_per_step,
+    top_accuracy,
+)
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Completion, Engine
 from medusa_ray.medusa.tree import Tree
@@ -18,7 +25,9 @@ def reply_of(tokens: list[int]) -> Completion:
 def heads_that_guess(table: list[list[list[int]]]) -> SimpleNamespace:
     """Heads that answer state number t with table[t][head], best first."""
     return SimpleNamespace(
-        num_heads=len(table[0]), vocab_size=100, topk=lambda hidden_TC, k: torch.tensor(table)[hidden_TC[:, 0].long(), :, :k]
+        num_heads=len(table[0]),
+        vocab_size=100,
+        topk=lambda hidden_TC, k: torch.tensor(table)[hidden_TC[:, 0].long(), :, :k],
     )
 
 
@@ -32,7 +41,9 @@ def test_ranks_say_where_each_head_had_the_token_that_came():
 
 def test_tokens_per_step_counts_what_the_tree_would_have_accepted():
     # Seven tokens after the prefill's. A chain takes 3 + 1 of them at root 0, then 0 + 1 at 4, 1 + 1 at 5: 3 steps.
-    rank_TH = torch.tensor([[0, 0, 0], [9, 9, 9], [9, 9, 9], [9, 9, 9], [1, 0, -2], [0, -2, -2], [-2, -2, -2]])
+    rank_TH = torch.tensor(
+        [[0, 0, 0], [9, 9, 9], [9, 9, 9], [9, 9, 9], [1, 0, -2], [0, -2, -2], [-2, -2, -2]]
+    )
     assert tokens_per_step([rank_TH], Tree.chain(3)) == pytest.approx(7 / 3)
     # With rank 1 and what follows it in the tree, the second step takes the rest.
     tree = Tree.from_paths([*Tree.chain(3).paths, (1,), (1, 0)])
@@ -65,7 +76,10 @@ def test_parity_counts_a_wrong_token_and_forgives_only_near_ties(tiny_base):
     model = Backbone.load(str(tiny_base), torch.float32, "cpu").model
     prompts = [[1, 50, 60, 70], [1, 80], [1, 90, 91]]
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    right = [plain.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    right = [
+        plain.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     assert check_parity(prompts, right, right, model, 12) == {"prompts": 3, "token_exact": 3, "near_ties": 0}
     wrong = [right[0], [*right[1][:5], (right[1][5] + 1) % 262, *right[1][6:]], right[2]]
     assert check_parity(prompts, wrong, right, model, 12) == {"prompts": 3, "token_exact": 2, "near_ties": 0}

@@ -1,4 +1,4 @@
-"""Provenance decides what is done again: too coarse a key keeps what is stale, too fine a one resumes none."""
+"""Provenance says what is done again: too coarse a key keeps what is stale, too fine a one resumes nothing."""
 
 import json
 from pathlib import Path

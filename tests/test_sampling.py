@@ -24,7 +24,10 @@ def test_noise_depends_on_seed_and_position_but_not_on_the_batch():
     assert not both[0, 1].equal(both[1, 0]), "the seed makes no difference"
     assert not both[0, 0].equal(both[0, 1]), "the position makes no difference"
     assert both.isfinite().all()
-    assert torch.corrcoef(gumbel(torch.arange(2), torch.zeros(2, 1, dtype=torch.long), 20_000)[:, 0])[0, 1].abs() < 0.03
+    assert (
+        torch.corrcoef(gumbel(torch.arange(2), torch.zeros(2, 1, dtype=torch.long), 20_000)[:, 0])[0, 1].abs()
+        < 0.03
+    )
 
 
 def test_top_p_and_top_k_keep_the_likely_tokens_only():

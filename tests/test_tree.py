@@ -64,7 +64,7 @@ def test_every_prefix_of_a_calibrated_tree_is_a_tree():
 def test_a_file_without_paths_is_refused(tmp_path):
     file = tmp_path / "tree.json"
     file.write_text(json.dumps({"nodes": 3}))
-    with pytest.raises(ValueError, match="has no \"paths\""):
+    with pytest.raises(ValueError, match='has no "paths"'):
         Tree.load(file)
     file.write_text(json.dumps({"paths": [[0], [0, 1]]}))
     assert Tree.load(file).paths == ((0,), (0, 1))

@@ -1,4 +1,4 @@
-"""What a stage logs -> a live line on a terminal, JSON lines on a pipe. All on stderr; results are for stdout."""
+"""What a stage logs -> a live line on a terminal, JSON lines on a pipe; on stderr, so stdout is for results."""
 
 import json
 import logging

@@ -1,7 +1,7 @@
 """The ways through Ray Serve to a replica -> what each costs per request and per token.
 
-`compare` measures two of them on an application that runs. `python -m medusa_ray.demo.serve_paths` measures
-three with an engine that takes no time, on a Ray cluster each, and prints a table.
+`compare` measures them on an application that runs. `python -m medusa_ray.demo.serve_paths` measures them with an
+engine that takes no time, beside Ray Serve without our settings, and prints a table.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,24 +24,12 @@ from medusa_ray.medusa.scheduler import Request
 
 NUM_TOKENS = 32
 NUM_WARMUP = 3
-PATHS: dict[str, Callable[[], dict[str, str]]] = {
-    "Ray Serve's default": dict,
-    "throughput settings": lambda: {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-    "HAProxy": stage.environment,
-}
 
 
-def compare(url: str, model: str, num_requests: int = 20) -> dict[str, dict[str, float]]:
-    """Figures of a running application by proxy: HAProxy, where the environment has it, and Ray Serve's own,
-    which then stays behind it on another port."""
-    port = os.environ.get(stage.FALLBACK_PORT)
-    if port is None:
-        return {"Ray Serve's own proxy": measure(url, model, num_requests)}
-    own = urlsplit(url)._replace(netloc=f"127.0.0.1:{port}").geturl()
-    return {
-        "HAProxy": measure(url, model, num_requests),
-        "Ray Serve's own proxy": measure(own, model, num_requests),
-    }
+def compare(proxied: str, direct: str, model: str, num_requests: int = 20) -> dict[str, dict[str, float]]:
+    """Figures of one application by path, given its two URLs."""
+    urls = {"Ray Serve's proxy": proxied, "replica's own port": direct}
+    return {path: measure(url, model, num_requests) for path, url in urls.items()}
 
 
 def measure(url: str, model: str, num_requests: int = 40) -> dict[str, float]:
@@ -106,9 +94,9 @@ class Replica:
         return stage.build_api(stage.Server(instant, instant, EngineConfig(model_id="instant", base="-")))
 
 
-def measure_without_model(path: str) -> dict[str, float]:
-    """Serves the instant engine by one path, on a Ray of its own."""
-    os.environ.update(PATHS[path]())
+def measure_without_model(settings: str) -> dict[str, dict[str, float]]:
+    """Serves the instant engine on a Ray of its own, with Ray Serve's settings or with ours."""
+    os.environ.update(stage.environment() if settings == "ours" else {})
     import ray
     from ray import serve
 
@@ -117,8 +105,9 @@ def measure_without_model(path: str) -> dict[str, float]:
     serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
     serve.run(serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), route_prefix="/instant")
     url = f"http://127.0.0.1:{port}/instant"
-    stage.wait_for_route(f"{url}/health", time.monotonic() + 60)
-    return measure(url, "instant")
+    if settings == "ours":
+        return compare(url, stage.direct_urls({"default": url})["default"], "instant")
+    return {"Ray Serve's defaults": measure(url, "instant")}
 
 
 def main() -> None:
@@ -126,12 +115,12 @@ def main() -> None:
         print(json.dumps(measure_without_model(sys.argv[1])))
         return
     print(f"{'path':24}{'request ms':>12}{'ttft ms':>12}{'tpot ms':>12}")
-    for path in PATHS:
+    for settings in ("default", "ours"):
         # A process each, since Ray Serve reads its environment once.
-        command = [sys.executable, "-m", "medusa_ray.demo.serve_paths", path]
+        command = [sys.executable, "-m", "medusa_ray.demo.serve_paths", settings]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
-        print(f"{path:24}" + "".join(f"{value:12.2f}" for value in figures.values()), flush=True)
+        for path, figures in json.loads(done.stdout.splitlines()[-1]).items():
+            print(f"{path:24}" + "".join(f"{value:12.2f}" for value in figures.values()), flush=True)
 
 
 if __name__ == "__main__":

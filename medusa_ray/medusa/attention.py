@@ -72,7 +72,9 @@ def attend(
     query_BKQE = query_BHTE.reshape(B, K, H // K * T, E)
     mask = step.mask(sliding_window, H // K)
     if softcap is None and s_aux is None:
-        out = F.scaled_dot_product_attention(query_BKQE, keys_BKSE, values_BKSE, attn_mask=mask, scale=scaling)
+        out = F.scaled_dot_product_attention(
+            query_BKQE, keys_BKSE, values_BKSE, attn_mask=mask, scale=scaling
+        )
     else:
         scale = E**-0.5 if scaling is None else scaling
         out = _soft_attention(query_BKQE, keys_BKSE, values_BKSE, mask, scale, softcap, s_aux)

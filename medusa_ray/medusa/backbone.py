@@ -26,11 +26,13 @@ class Backbone:
         layers = set(getattr(config, "layer_types", None) or []) - SERVABLE_LAYERS
         if layers:
             raise ValueError(
-                f"{name} has layers of type {sorted(layers)}; a token tree can be verified on {sorted(SERVABLE_LAYERS)} "
-                "only, since other layers keep a state that cannot be taken back. Serve it without medusa_ray."
+                f"{name} has layers of type {sorted(layers)}; a token tree can be verified on "
+                f"{sorted(SERVABLE_LAYERS)} only, since other layers keep a state that cannot be taken back. Serve it without medusa_ray."
             )
         if not model._supports_attention_backend:
-            raise ValueError(f"{name} does not use transformers' attention interface, which the engine works through.")
+            raise ValueError(
+                f"{name} does not use transformers' attention interface, which the engine works through."
+            )
         self.model = model.eval().requires_grad_(False)
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size

@@ -17,7 +17,13 @@ class PagedCache:
     """One key and one value tensor per layer: a single pool for all layers would be copied by torch.compile."""
 
     def __init__(
-        self, num_layers: int, num_pages: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_pages: int,
+        kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = ((num_pages + 1) * PAGE_SIZE, kv_heads, head_size)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -44,7 +50,9 @@ class PagedCache:
     def page_table(self, pages_of: list[list[int]]) -> Tensor:
         """[B, P] pages of each sequence, filled up with the null page."""
         width = max(map(len, pages_of))
-        return torch.tensor([pages + [NULL_PAGE] * (width - len(pages)) for pages in pages_of], device=self.device)
+        return torch.tensor(
+            [pages + [NULL_PAGE] * (width - len(pages)) for pages in pages_of], device=self.device
+        )
 
     @staticmethod
     def slots(table_BP: Tensor, position_BT: Tensor) -> Tensor:

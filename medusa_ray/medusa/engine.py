@@ -1,15 +1,17 @@
-"""Prompts -> tokens: a continuous batch that proposes a tree, verifies it in one pass, and commits what the base agrees with.
+"""Prompts -> tokens: a continuous batch that proposes a tree, verifies it, and commits what the base agrees with.
 
 Each step asks the heads for guesses at the last committed hidden state, runs the base once over root and guesses,
 walks down the tree as far as the base itself would have gone, and moves that walk's keys and values into place.
 The baseline is the same loop with an empty tree. Greedy and seeded replies are the same with any tree.
 
-# B running sequences   N tree nodes   D tokens of a walk   H heads   K ranks   T prompt tokens   S slots   C hidden   V vocab
+# B running sequences   N tree nodes   D tokens of a walk   H heads   K ranks   T prompt tokens   S slots
+# C hidden   V vocab
 """
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence as Rows
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,10 @@ class Engine:
         self._batch: Batch | None = None
         self._depths = tree.depth_N.tolist()
         # Walks that already stand in a row need no moving; a chain's all do.
-        self._in_place = [walked.tolist()[: d + 1] == [*range(d + 1)] for walked, d in zip(tree.walk_ND, self._depths, strict=True)]
+        self._in_place = [
+            walked.tolist()[: d + 1] == [*range(d + 1)]
+            for walked, d in zip(tree.walk_ND, self._depths, strict=True)
+        ]
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
 
@@ -118,8 +123,9 @@ class Engine:
         max_total_tokens: int = 2048,
         revision: str | None = None,
     ) -> "Engine":
-        """The engine of a base (folder, hub name or loaded model, which it takes over) and its heads (folder or module).
+        """The engine of a base and its heads.
 
+        base: folder, hub name or loaded model, which it takes over. heads: folder or module, None for the baseline.
         tree: a Tree, rank paths, "chain", or None for the heads' own tree.json (a chain when there is none).
         max_total_tokens: longest prompt plus reply. Raises ValueError for what cannot be served.
         """
@@ -188,13 +194,15 @@ class Engine:
         return deltas
 
     def _tree_step(self, batch: Batch, position_BN: Tensor) -> Step:
-        """A tree's nodes stand behind the context, in the order of the nodes; each sees the context and its ancestors."""
+        """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself."""
         num_nodes = len(self.tree)
         longest = max(sequence.num_cached for sequence in self.scheduler.running) + num_nodes
         slot_S = torch.arange(longest, device=position_BN.device)
         read_BS = self.cache.slots(batch.table_BP, slot_S.expand(len(position_BN), -1))
         node_BN = batch.length_B[:, None] + torch.arange(num_nodes, device=position_BN.device)
-        behind_BS = slot_S - batch.length_B[:, None]  # negative in the context, else the node that stands there
+        behind_BS = (
+            slot_S - batch.length_B[:, None]
+        )  # negative in the context, else the node that stands there
         is_node_BS = (behind_BS >= 0) & (behind_BS < num_nodes)
         inner_BS = behind_BS.clamp(0, num_nodes - 1)
         visible_BNS = None
@@ -207,7 +215,9 @@ class Engine:
             read_BS=read_BS,
             visible_BTS=visible_BNS,
             position_BT=position_BN,
-            position_BS=torch.where(is_node_BS, batch.length_B[:, None] + self.tree.depth_N[inner_BS], slot_S),
+            position_BS=torch.where(
+                is_node_BS, batch.length_B[:, None] + self.tree.depth_N[inner_BS], slot_S
+            ),
         )
 
     def _compact(self, batch: Batch, node_B: Tensor) -> None:
@@ -287,7 +297,9 @@ class Engine:
         rows = torch.tensor(stay, dtype=torch.long, device=self.backbone.device)
         self._rebuild(batch.root_B[rows], batch.hidden_BC[rows], batch.length_B[rows], self.scheduler.running)
 
-    def _rebuild(self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor, sequences: list[Sequence]) -> None:
+    def _rebuild(
+        self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor, sequences: list[Sequence]
+    ) -> None:
         self._batch = None
         if sequences:
             table_BP = self.cache.page_table([sequence.pages for sequence in sequences])
@@ -391,7 +403,10 @@ class Engine:
                 deltas: list[tuple[Sequence, Any]] = list(self.step())
             except Exception as error:
                 self.failure = error
-                deltas = [(sequence, RuntimeError(f"the engine has failed: {error}")) for sequence in list(self._readers)]
+                deltas = [
+                    (sequence, RuntimeError(f"the engine has failed: {error}"))
+                    for sequence in list(self._readers)
+                ]
             by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
             for sequence, delta in deltas:
                 if reader := self._readers.get(sequence):
@@ -449,9 +464,13 @@ def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> Non
                 f"the heads have a {what} of {ours}, but the base has {theirs}: they were trained for another base."
             )
     if tree.depth > heads.num_heads:
-        raise ValueError(f"the tree is {tree.depth} deep, but there are only {heads.num_heads} heads; shorten its paths.")
+        raise ValueError(
+            f"the tree is {tree.depth} deep, but there are only {heads.num_heads} heads; shorten its paths."
+        )
     if tree.num_ranks > heads.vocab_size:
-        raise ValueError(f"the tree asks for rank {tree.num_ranks - 1} of a vocabulary of {heads.vocab_size}.")
+        raise ValueError(
+            f"the tree asks for rank {tree.num_ranks - 1} of a vocabulary of {heads.vocab_size}."
+        )
 
 
 def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree | None:

@@ -26,7 +26,12 @@ class Sampling:
 
     @classmethod
     def of(
-        cls, temperatures: list[float], top_ps: list[float], top_ks: list[int], seeds: list[int], device: torch.device
+        cls,
+        temperatures: list[float],
+        top_ps: list[float],
+        top_ks: list[int],
+        seeds: list[int],
+        device: torch.device,
     ) -> "Sampling":
         return cls(
             torch.tensor(temperatures, device=device),

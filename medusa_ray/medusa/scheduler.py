@@ -90,7 +90,9 @@ class Scheduler:
             sequence = self.waiting[0]
             if not sequence.is_cancelled:
                 request = sequence.request
-                needed = PagedCache.pages_for(len(request.prompt_ids) + request.max_new_tokens + self.num_slack)
+                needed = PagedCache.pages_for(
+                    len(request.prompt_ids) + request.max_new_tokens + self.num_slack
+                )
                 if needed > self.cache.num_free_pages:
                     break
                 sequence.pages = self.cache.take(needed)

@@ -41,7 +41,9 @@ class Tree:
         """
         wanted = [tuple(path) for path in paths]
         if len(set(wanted)) < len(wanted):
-            raise ValueError(f"the path {next(p for p in wanted if wanted.count(p) > 1)} comes twice; keep one.")
+            raise ValueError(
+                f"the path {next(p for p in wanted if wanted.count(p) > 1)} comes twice; keep one."
+            )
         for path in wanted:
             if not path or any(not isinstance(rank, int) or rank < 0 for rank in path):
                 raise ValueError(f"{path} is not a rank path; expected ranks from 0, such as (0,) or (0, 2).")
@@ -63,8 +65,9 @@ class Tree:
         """The tree of `num_nodes` guesses that held-out text would have accepted most often.
 
         rank_PH[p, h] is the rank that head h, asked at position p, gave the token that came; negative where that
-        token is not among the ranks kept, or none came. A path's worth is the number of positions that follow it to its end. Counting whole paths measures each node's chance given that
-        its parent was right; the product of the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
+        token is not among the ranks kept, or none came. A path's worth is the number of positions that follow it to
+        its end. Counting whole paths measures each node's chance given that its parent was right; the product of
+        the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
         construction) assumes that heads fail independently, which they do not. A child is never worth more than its
         parent, so taking the best paths one by one always gives a tree.
         """
@@ -129,7 +132,9 @@ class Tree:
     def walk_ND(self) -> Tensor:
         """Nodes from the root to each node, D = depth + 1 of them, the last one repeated."""
         walk_ND = torch.zeros(len(self), self.depth + 1, dtype=torch.long)
-        for node, (parent, depth) in enumerate(zip(self.parent_N.tolist(), self.depth_N.tolist(), strict=True)):
+        for node, (parent, depth) in enumerate(
+            zip(self.parent_N.tolist(), self.depth_N.tolist(), strict=True)
+        ):
             walk_ND[node] = walk_ND[parent]
             walk_ND[node, depth:] = node
         return walk_ND
