@@ -27,7 +27,8 @@ class Backbone:
         if layers:
             raise ValueError(
                 f"{name} has layers of type {sorted(layers)}; a token tree can be verified on "
-                f"{sorted(SERVABLE_LAYERS)} only, since other layers keep a state that cannot be taken back. Serve it without medusa_ray."
+                f"{sorted(SERVABLE_LAYERS)} only, since other layers keep a state that cannot be taken back. "
+                "Serve it without medusa_ray."
             )
         if not model._supports_attention_backend:
             raise ValueError(
