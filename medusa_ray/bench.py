@@ -111,16 +111,16 @@ def measure(
 
 
 def run_whole(guidellm: "GuideLLM", words: list[str], config: TrafficConfig) -> Report:
-    """The report of a run that has all its requests, unless time cut it short.
+    """The report of a run with a record of each request that was begun.
 
-    GuideLLM 0.8.1 on a busy machine at times ends a run without having sent its last request. Arms are compared on
-    the same requests only, so such a run is measured again.
+    GuideLLM 0.8.1 stops listening to its worker when the last request has ended, on a busy machine at times just
+    before the record of that request arrives. Arms are compared on the same requests only, so such a run, in
+    which a request seems never to have ended, is measured again.
     """
     for _ in range(RUN_ATTEMPTS):
         report = guidellm.run(words, config.max_seconds)
-        benchmark = report["benchmarks"][0]
-        num_begun = sum(len(requests or ()) for requests in benchmark["requests"].values())
-        if num_begun >= config.num_requests or benchmark["duration"] >= config.max_seconds:
+        state = report["benchmarks"][0]["scheduler_state"]
+        if not any(state[f"{stage}_requests"] for stage in ("queued", "pending", "processing")):
             break
     return report
 
@@ -287,8 +287,8 @@ def arguments(config: TrafficConfig, target: TargetConfig, load: str, data: Path
         ("--backend", backend),
         ("--profile", profile),
         ("--data", {"kind": "parquet_file", "path": str(data)}),
-        # The data end here too, but GuideLLM 0.8.1 never returns when the last request ends (as it does at once on
-        # a dead server) before it has noticed that.
+        # The data end here too, but GuideLLM 0.8.1 never returns when the last request ends before it has
+        # noticed that, as happens on a dead server.
         ("--constraint", {"kind": "max_requests", "count": config.num_requests}),
         ("--constraint", {"kind": "max_duration", "seconds": config.max_seconds}),
     ]
@@ -308,9 +308,9 @@ class GuideLLM:
             "GUIDELLM__LOGGING__CONSOLE_LOG_LEVEL": "WARNING",
             **os.environ,
             "GUIDELLM__MP_CONTEXT_TYPE": "forkserver",
-            # Seconds that pass idly in every run, and their defaults: 1 and, several times, 0.1.
+            # Seconds that pass idly in every run, once and several times; the defaults are 1 and 0.1.
             "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "0.1",
-            "GUIDELLM__MP_POLL_INTERVAL": "0.02",
+            "GUIDELLM__MP_POLL_INTERVAL": "0.05",
             "HF_HUB_OFFLINE": "1",  # the prompts are a local file
             "HF_DATASETS_CACHE": str(folder / "cache"),
         }
@@ -393,14 +393,15 @@ def rows_of(report: Report, prompts: list[Messages], max_seconds: float) -> list
     groups = report["benchmarks"][0]["requests"]
     statuses = ("successful", "errored", "incomplete")
     requests = [(status, request) for status in statuses for request in groups[status]]
-    # What a request held is known only where the server has answered. The others, in the order in which they were
-    # queued, held the prompts that are left: GuideLLM hands them out in order, and ends at the last one or in time.
+    # Only a request that the server answered tells what it held. The others held what is left: GuideLLM hands
+    # the prompts out in order, and what it never came to are the last ones.
     requests.sort(key=lambda pair: (not pair[1]["request_args"], pair[1]["info"]["timings"]["queued"]))
-    left = {i: json.dumps(prompts[i % len(prompts)]) for i in range(max(len(requests), len(prompts)))}
+    left = {i: prompts[i % len(prompts)] for i in range(len(requests) + len(prompts))}
     rows = []
     for status, request in requests:
-        held = request["request_args"] and json.dumps(json.loads(request["request_args"])["body"]["messages"])
-        place = next(i for i, prompt in left.items() if not held or prompt == held)
+        held = request["request_args"] and json.loads(request["request_args"])["body"]["messages"]
+        place = next((i for i, prompt in left.items() if not held or prompt == held), None)
+        assert place is not None, f"GuideLLM sent {held}, which is none of the prompts left"
         del left[place]
         rows.append({"prompt": place % len(prompts), **_row_of(status, request, max_seconds)})
     return rows

@@ -207,7 +207,7 @@ def check_parity(
     return {"prompts": len(prompts), "token_exact": exact, "near_ties": near_ties}
 
 
-def plain_generate(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def plain_generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Greedy replies by transformers' own `generate`, with its own attention, in left-padded batches."""
     replies: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -247,7 +247,7 @@ def compare_speed(
     Medians over prompts; `speedup` is the median of baseline over Medusa on the same prompt.
     """
     torch.set_num_threads(1)
-    model = baseline.model
+    model: Any = baseline.model
 
     def plain(prompt: list[int]) -> int:
         ids = torch.tensor([prompt], device=model.device)

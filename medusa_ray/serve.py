@@ -360,7 +360,7 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
 
 
 def environment() -> dict[str, str]:
-    """Variables for Ray Serve's processes that let clients reach a replica without a proxy: see `direct_urls`.
+    """Variables for Ray Serve's processes that let clients reach a replica without a proxy: see `direct_url`.
 
     Each process reads them as it starts: set them before `ray.init`, and on each node before `ray start`. All works
     without them.
@@ -407,23 +407,23 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     return urls
 
 
-def direct_urls(urls: dict[str, str]) -> dict[str, str]:
-    """The same applications at the ports of their replicas, where no Python proxy adds its 10 ms to each request.
+def direct_url(url: str) -> str:
+    """The same application at the port of its replica, where no Python proxy adds some 10 ms to each request.
 
-    An application keeps its URL when it has not just one replica, when that is on another node, or when Ray was
-    started without `environment()`. A replica that is replaced gets another port: for benchmarks, not for bookmarks.
+    It is the URL itself when there is not just one replica, when that is on another node, or when Ray was started
+    without `environment()`. A replica that is replaced gets another port: for benchmarks, not for bookmarks.
     """
     # Only the dashboard has a public way to these facts, and a local Ray runs without one.
-    groups = _get_global_client().get_serve_details()["target_groups"]
-    here = ray.util.get_node_ip_address()
-    direct = {}
-    for name, url in urls.items():
-        ports = [t["port"] for g in groups if g["app_name"] == name for t in g["targets"] if t["ip"] == here]
-        parts = urlsplit(url)
-        direct[name] = (
-            parts._replace(netloc=f"{parts.hostname}:{ports[0]}").geturl() if len(ports) == 1 else url
-        )
-    return direct
+    client = _get_global_client()
+    assert client is not None  # without Ray Serve it raises
+    groups = client.get_serve_details()["target_groups"]
+    here, parts = ray.util.get_node_ip_address(), urlsplit(url)
+    targets = [
+        target for group in groups if group["route_prefix"] == parts.path for target in group["targets"]
+    ]
+    if [target["ip"] for target in targets] != [here]:
+        return url
+    return parts._replace(netloc=f"{parts.hostname}:{targets[0]['port']}").geturl()
 
 
 def shutdown() -> None:

@@ -83,7 +83,7 @@ def run(config: RunConfig) -> str:
         parts.absolute(config.artifact(name)) for name in ("heads", "hidden", "training")
     )
     settings = {
-        "model": config.model.model_dump(include={"base", "revision"}),
+        "revision": config.model.revision,
         "heads": config.heads.model_dump(),
         "train": config.train.model_dump(),
     }

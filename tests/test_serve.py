@@ -419,3 +419,9 @@ def test_an_application_that_cannot_be_served_says_why(urls: dict[str, str], tin
     app = {"name": "bad", "route_prefix": "/bad", "args": args}
     with pytest.raises(UserError, match=r"application bad cannot be served: ValueError: .*needs heads"):
         serve.deploy(config.parse(ServeConfig, {"applications": [app]}, "x.yaml"))
+
+
+@pytest.mark.ray
+def test_a_url_stays_as_it_is_where_replicas_have_no_ports_of_their_own(urls: dict[str, str]) -> None:
+    """The cluster of the tests was started without `serve.environment()`."""
+    assert serve.direct_url(urls["medusa"]) == urls["medusa"]

@@ -26,7 +26,7 @@ from medusa_ray import report as reporting
 from medusa_ray.cli import STAGES, figures, run_stage
 from medusa_ray.cli.cluster import check_port, check_writable, cluster, prepare_ray
 from medusa_ray.cli.progress import step
-from medusa_ray.config import RunConfig, ServeConfig, Strict, TrafficConfig, UserError, parse
+from medusa_ray.config import RunConfig, ServeConfig, Strict, TargetConfig, TrafficConfig, UserError, parse
 from medusa_ray.demo import chats as generator
 
 SHIPPED_BASE = Path(__file__).parent / "base"
@@ -244,14 +244,17 @@ class Demo:
 
         shutil.rmtree(folder, ignore_errors=True)
         write_yaml(self.out / "serve.yaml", served)
-        write_yaml(self.out / "traffic.yaml", traffic)
         with step("serve") as facts:
             urls = serve.deploy(served)
             facts.update(urls)
+        targets = {arm: TargetConfig(url=serve.direct_url(url), model=arm) for arm, url in urls.items()}
+        traffic = traffic.model_copy(update={"targets": targets})
+        write_yaml(self.out / "traffic.yaml", traffic)
         with step("bench") as facts:
             facts.update(figures(bench.run(traffic)))
             # What the way to a replica adds, which no arm can help.
-            paths = serve_paths.compare(urls["baseline"], "baseline", min(20, self.size.num_requests))
+            num_requests = min(20, self.size.num_requests)
+            paths = serve_paths.compare(urls["baseline"], "baseline", num_requests)
             results = provenance.read_json(f"{folder}/bench.json")
             provenance.write_json(f"{folder}/bench.json", {**results, "serve_paths": paths})
         serve.shutdown()

@@ -26,13 +26,15 @@ NUM_TOKENS = 32
 NUM_WARMUP = 3
 
 
-def compare(proxied: str, direct: str, model: str, num_requests: int = 20) -> dict[str, dict[str, float]]:
-    """Figures of one application by path, given its two URLs."""
-    urls = {"Ray Serve's proxy": proxied, "replica's own port": direct}
-    return {path: measure(url, model, num_requests) for path, url in urls.items()}
+def compare(url: str, model: str, num_requests: int = 40) -> dict[str, dict[str, float]]:
+    """Figures of a running application by path."""
+    return {
+        "Ray Serve's proxy": measure(url, model, num_requests),
+        "replica's own port": measure(stage.direct_url(url), model, num_requests),
+    }
 
 
-def measure(url: str, model: str, num_requests: int = 40) -> dict[str, float]:
+def measure(url: str, model: str, num_requests: int) -> dict[str, float]:
     """Medians in ms, over requests sent one after the other on one connection: of a whole reply of one token,
     of the first token of a stream, and of each further one."""
     parts = urlsplit(url)
@@ -106,8 +108,8 @@ def measure_without_model(settings: str) -> dict[str, dict[str, float]]:
     serve.run(serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), route_prefix="/instant")
     url = f"http://127.0.0.1:{port}/instant"
     if settings == "ours":
-        return compare(url, stage.direct_urls({"default": url})["default"], "instant")
-    return {"Ray Serve's defaults": measure(url, "instant")}
+        return compare(url, "instant")
+    return {"Ray Serve's defaults": measure(url, "instant", 40)}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class Backbone:
     @classmethod
     def load(cls, base: str, dtype: torch.dtype, device: str, revision: str | None = None) -> "Backbone":
         """From a folder or hub name. Raises OSError when it is neither, ValueError when it cannot be served."""
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
         return cls(model.to(device))
 
     @property
