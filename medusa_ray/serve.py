@@ -367,7 +367,7 @@ def environment() -> dict[str, str]:
     """
     return {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # among others, replicas listen at ports of their own
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # Ray's 30 s are for external load balancers
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # Ray's 30 s are for external load balancers
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too few on a busy laptop
     }
 

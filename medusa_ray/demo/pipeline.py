@@ -60,7 +60,7 @@ FULL = Size(
 )  # fmt: skip
 FAST = Size(
     num_train=200, num_test=60, num_out_of_domain=30, epochs=4, num_parity=20, num_speed=8,
-    num_requests=8, rounds=1, max_seconds=5, base_samples=2_000,
+    num_requests=8, rounds=1, max_seconds=30, base_samples=2_000,
 )  # fmt: skip
 
 
