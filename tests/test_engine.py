@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,27 @@ def test_a_stream_gives_one_delta_a_step_and_leaving_it_frees_its_pages(tiny_bas
     assert engine.num_running == engine.num_waiting == 0
     expected = engine_of(tiny_base).generate(prompts, max_new_tokens=60, ignore_eos=True)
     assert all(e.token_ids[: len(r)] == r for e, r in zip(expected, replies, strict=True))
+
+
+def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, monkeypatch):
+    """Handed over with the step's own tokens it still arrives, a step late: the slower the step, the later."""
+    engine = engine_of(tiny_base)
+    is_read, move_on = threading.Event(), engine._move_on
+
+    def wait_then_move_on():
+        assert is_read.wait(30)
+        return move_on()
+
+    monkeypatch.setattr(engine, "_move_on", wait_then_move_on)
+
+    async def read() -> list[int]:
+        tokens: list[int] = []
+        async for delta in engine.stream(Request(prompts[0], max_new_tokens=5, ignore_eos=True)):
+            tokens += delta.token_ids
+            is_read.set()
+        return tokens
+
+    assert len(asyncio.run(asyncio.wait_for(read(), 20))) == 5
 
 
 @pytest.mark.parametrize(

@@ -146,17 +146,26 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- one step
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Delta]]:
-        """Moves every running sequence on by one pass of the base, after taking in those that wait."""
+        """Takes in those that wait, then moves every running sequence on by one pass of the base."""
+        return self._take_in() + self._move_on()
+
+    @torch.inference_mode()
+    def _take_in(self) -> list[tuple[Sequence, Delta]]:
+        """The first token of each sequence that joins."""
         joined = self.scheduler.admit()
         deltas = [delta for group in self._groups(joined) for delta in self._prefill(group)]
         self._drop(self.scheduler.release())
-        if self._batch is not None:
-            token_BN = self._propose(self._batch)
-            target_BN, hidden_BNC = self._verify(self._batch, token_BN)
-            deltas += self._commit(self._batch, token_BN, target_BN, hidden_BNC)
-            self._drop(self.scheduler.release())
+        return deltas
+
+    @torch.inference_mode()
+    def _move_on(self) -> list[tuple[Sequence, Delta]]:
+        if self._batch is None:
+            return []
+        token_BN = self._propose(self._batch)
+        target_BN, hidden_BNC = self._verify(self._batch, token_BN)
+        deltas = self._commit(self._batch, token_BN, target_BN, hidden_BNC)
+        self._drop(self.scheduler.release())
         return deltas
 
     def _propose(self, batch: Batch) -> Tensor:
@@ -400,19 +409,21 @@ class Engine:
         while self.failure is None:
             self.scheduler.work.wait()
             try:
-                deltas: list[tuple[Sequence, Any]] = list(self.step())
+                self._send(self._take_in())  # at once: a first token is not to wait for a step it has no part in
+                self._send(self._move_on())
             except Exception as error:
                 self.failure = error
-                deltas = [
-                    (sequence, RuntimeError(f"the engine has failed: {error}"))
-                    for sequence in list(self._readers)
-                ]
-            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
-            for sequence, delta in deltas:
-                if reader := self._readers.get(sequence):
-                    by_loop.setdefault(reader[0], []).append((reader[1], delta))
-            for loop, items in by_loop.items():
-                loop.call_soon_threadsafe(_put_all, items)
+                failed = RuntimeError(f"the engine has failed: {error}")
+                self._send([(sequence, failed) for sequence in list(self._readers)])
+
+    def _send(self, items: Rows[tuple[Sequence, Delta | Exception]]) -> None:
+        """To those that read a stream, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
+        for sequence, item in items:
+            if reader := self._readers.get(sequence):
+                by_loop.setdefault(reader[0], []).append((reader[1], item))
+        for loop, waiting in by_loop.items():
+            loop.call_soon_threadsafe(_put_all, waiting)
 
     # ------------------------------------------------------------------------------------------- facts
 
