@@ -122,7 +122,7 @@ def run_whole(guidellm: "GuideLLM", words: list[str], config: TrafficConfig) -> 
         state = report["benchmarks"][0]["scheduler_state"]
         if not any(state[f"{stage}_requests"] for stage in ("queued", "pending", "processing")):
             break
-        LOG.warning("stage=bench repeating=%r", "GuideLLM lost the record of a request")
+        LOG.warning("GuideLLM lost the record of a request; this run is measured again")
     return report
 
 

@@ -331,6 +331,7 @@ def test_a_piped_step_tells_what_it_is_at_in_json_lines(
     with progress.step("train") as facts:
         logging.getLogger("medusa_ray").info("step=%d loss=%.2f", 7, 1.5)
         time.sleep(0.2)
+        logging.getLogger("medusa_ray").warning("a proxy did not start in time")
         facts["rows"] = 3
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert lines[0] == {
@@ -340,6 +341,7 @@ def test_a_piped_step_tells_what_it_is_at_in_json_lines(
         "step": 7,
         "loss": 1.5,
     }
+    assert {"stage": "train", "state": "warning", "message": "a proxy did not start in time"} in lines
     assert lines[-1] == {"stage": "train", "state": "done", "seconds": lines[-1]["seconds"], "rows": 3}
 
 

@@ -24,7 +24,7 @@ def step(name: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
     """
     started = time.monotonic()
     console = Console(stderr=True)
-    latest = Latest()
+    latest = Latest(console, name)
     logger = logging.getLogger("medusa_ray")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -50,15 +50,19 @@ def step(name: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
 class Latest(logging.Handler):
     """Keeps the newest `key=value` fields that a stage logged; a warning is shown at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console, name: str) -> None:
         super().__init__(logging.INFO)
+        self.console, self.name = console, name
         self.fields: dict[str, Any] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            print(message, file=sys.stderr)
-        self.fields = dict(re.findall(r"([\w.]+)=(\S+)", message)) or {"message": message}
+        if record.levelno < logging.WARNING:
+            self.fields = dict(re.findall(r"([\w.]+)=(\S+)", message)) or {"message": message}
+        elif self.console.is_terminal:
+            self.console.print(message, highlight=False, markup=False)
+        else:
+            print_json({"stage": self.name, "state": "warning", "message": message})
 
 
 @contextmanager

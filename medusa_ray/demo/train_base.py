@@ -35,6 +35,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from medusa_ray import provenance
 from medusa_ray.config import UserError
@@ -376,6 +377,7 @@ def export(checkpoint: Path, recipe: Recipe, tokenizer: Path, out: Path) -> None
     """A checkpoint and its tokenizer -> an ordinary transformers folder, its weights in bf16."""
     model = build_model(recipe)
     model.load_state_dict(torch.load(checkpoint / STATE, weights_only=True)["model"])
+    transformers_logging.disable_progress_bar()  # of a second's work, on the stderr that has our own
     model.bfloat16().save_pretrained(out)
     GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(out)
     PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(out)
