@@ -264,7 +264,6 @@ class TrafficConfig(Strict):
     version: Literal[1] = 1
     output: str = Field(description="Folder that takes requests.parquet and GuideLLM's own files.")
     prompts: str = Field(description="A prompts split written by `medusa-ray data`, or JSONL of chats.")
-    tokenizer: str = Field(description="Folder or hub name of the tokenizer that counts tokens.")
     targets: dict[str, TargetConfig] = Field(
         min_length=1, description="Arms by name, e.g. baseline and medusa."
     )

@@ -96,7 +96,6 @@ def traffic(folder: Path, port: int, **changes: Any) -> TrafficConfig:
     values = {
         "output": str(folder / "bench"),
         "prompts": str(prompts),
-        "tokenizer": "unused",
         "targets": {arm: {"url": f"{url}/{arm}", "model": "standin"} for arm in TOKENS_PER_STEP},
         "loads": LOADS,
         "num_requests": NUM_REQUESTS,

@@ -23,7 +23,6 @@ applications:
 TRAFFIC = """\
 output: bench
 prompts: runs/a/prompts/test
-tokenizer: some/model
 targets:
   medusa: {url: "http://127.0.0.1:8000", model: medusa}
 """

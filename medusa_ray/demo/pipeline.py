@@ -309,7 +309,6 @@ def traffic_config(out: Path, base: str, port: int, size: Size) -> TrafficConfig
     raw = {
         "output": str(out / "bench"),
         "prompts": str(out / "prompts" / "test"),
-        "tokenizer": base,
         "targets": {arm: {"url": f"http://{HOST}:{port}/{arm}", "model": arm} for arm in ARMS},
         "num_requests": size.num_requests,
         "num_warmup": 4,
