@@ -125,6 +125,7 @@ class EvaluateConfig(Strict):
         lt=1,
         description="Share of the held-out prompts that shapes the tree; the others score it.",
     )
+    compile: bool = Field(True, description="On a CPU, measure with the base compiled, as servers run it.")
     num_parity: int = Field(200, gt=0, description="Prompts decoded by Medusa, baseline and transformers.")
     num_speed: int = Field(
         40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it."
@@ -169,8 +170,15 @@ class EngineConfig(Strict):
     aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
     base: str = Field(description="Folder or hub name of the base model.")
     heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
-    tree: Literal["chain", "file"] | list[list[int]] = Field(
-        "file", description="file: tree.json beside the heads (a chain when there is none); or rank paths."
+    tree: Literal["auto", "chain", "file"] | list[list[int]] = Field(
+        "auto",
+        description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
+        "the load; or rank paths.",
+    )
+    compile: Literal["no", "wait", "background"] = Field(
+        "background",
+        description="On a CPU: serve eagerly until the base is compiled, wait for that (20 s for a small base, once), "
+        "or do without.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")

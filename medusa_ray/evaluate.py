@@ -8,7 +8,6 @@ the baseline and transformers' own `generate` then answer the same prompts, and 
 """
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from medusa_ray.config import RunConfig, UserError
 from medusa_ray.medusa import attention
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Completion, Engine
-from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.medusa.heads import HeadStack, MedusaHeads
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.records import PROMPTS, REPLIES, check_columns
 
@@ -60,7 +59,8 @@ def run(config: RunConfig) -> str:
 
 def measure(config: RunConfig, device: str) -> dict[str, Any]:
     """All the measuring, in one process. Returns the main figures."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    if device == "cpu":
+        torch.set_num_threads(1)  # the task has one CPU
     settings = config.evaluate
     prompts = _prompts(config, "test")
     if len(prompts) < 2:
@@ -74,14 +74,15 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     if heads.layout == "shared":
         heads.init_from(backbone.output_weight_VC)
     heads = heads.eval().requires_grad_(False)
-    baseline = Engine(backbone, max_batch_size=BATCH_SIZE, max_total_tokens=_longest(config))
+    baseline = _engine(config, backbone)
 
     def answer(prompts: list[dict[str, Any]], engine: Engine, capture: bool = False) -> list[Completion]:
         ids = [row["prompt_ids"] for row in prompts]
         return engine.generate(ids, settings.max_new_tokens, capture_hidden=capture)
 
     replies = answer(prompts, baseline, capture=True)
-    ranks = [ranks_of(heads, reply) for reply in replies]
+    stack = heads.stack()
+    ranks = [ranks_of(stack, reply) for reply in replies]
     num_calibrating = max(1, round(settings.calibration_share * len(prompts)))
     shaping, scoring = ranks[:num_calibrating], ranks[num_calibrating:]
     tree = Tree.calibrated(torch.cat(shaping), settings.tree_nodes)
@@ -91,12 +92,12 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
         f"calibrated_{settings.tree_nodes}": tokens_per_step(scoring, tree),
     }
     if strangers := _prompts(config, "out_of_domain"):
-        away = [ranks_of(heads, reply) for reply in answer(strangers, baseline, capture=True)]
+        away = [ranks_of(stack, reply) for reply in answer(strangers, baseline, capture=True)]
         acceptance["out_of_domain_chain"] = tokens_per_step(away, chain)
     accuracy = {"heads": top_accuracy(torch.cat(scoring)), "acceptance": acceptance}
     log.info("stage=evaluate %s", " ".join(f"{name}={value:.3f}" for name, value in acceptance.items()))
 
-    medusa = Engine(backbone, heads, tree, max_batch_size=BATCH_SIZE, max_total_tokens=_longest(config))
+    medusa = _engine(config, backbone, heads, tree)
     compared = prompts[: settings.num_parity]
     parity = check_parity(
         [row["prompt_ids"] for row in compared],
@@ -138,7 +139,7 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def ranks_of(heads: MedusaHeads, reply: Completion) -> Tensor:
+def ranks_of(heads: HeadStack, reply: Completion) -> Tensor:
     """[T - 1, H]: the rank that head h, asked where reply token t was produced, gave token t + 1 + h.
 
     -1 where the token is not among the head's NUM_RANKS best, -2 where the reply has ended.
@@ -242,11 +243,10 @@ def is_near_tie(model: PreTrainedModel, prompt: list[int], said: list[int], expe
 def compare_speed(
     baseline: Engine, medusa: Engine, prompts: list[list[int]], max_new_tokens: int
 ) -> dict[str, Any]:
-    """Seconds of each reply, one prompt at a time on one thread, all arms on each prompt before the next one.
+    """Seconds of each reply, one prompt at a time, all arms on each prompt before the next one.
 
     Medians over prompts; `speedup` is the median of baseline over Medusa on the same prompt.
     """
-    torch.set_num_threads(1)
     model: Any = baseline.model
 
     def plain(prompt: list[int]) -> int:
@@ -282,8 +282,8 @@ def compare_speed(
         **{name: {"tokens_per_s": statistics.median(values)} for name, values in rates.items()},
         "speedup": statistics.median(ratios),
         "prompts": len(prompts),
-        "mode": "eager",
-        "threads": 1,
+        "mode": baseline.mode,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -316,8 +316,14 @@ def _prompts(config: RunConfig, split: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["id"])
 
 
-def _longest(config: RunConfig) -> int:
-    return config.data.max_prompt_tokens + config.evaluate.max_new_tokens
+def _engine(
+    config: RunConfig, backbone: Backbone, heads: MedusaHeads | None = None, tree: Tree | None = None
+) -> Engine:
+    longest = config.data.max_prompt_tokens + config.evaluate.max_new_tokens
+    engine = Engine(backbone, heads, tree, BATCH_SIZE, longest)
+    if config.evaluate.compile:
+        engine.compile(config.model.base, config.model.dtype, config.model.revision)
+    return engine
 
 
 def _until_eos(tokens: list[int], model: PreTrainedModel) -> list[int]:

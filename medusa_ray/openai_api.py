@@ -245,7 +245,7 @@ class Reply:
         self.num_steps = 0
         self.finish_reason: str | None = None
         self._histogram: list[int] = []
-        self._num_nodes = num_nodes
+        self._num_nodes, self._num_guesses = num_nodes, 0
         self._detokenizer = detokenizer
         self._stop = stop
         self._held = ""
@@ -253,6 +253,7 @@ class Reply:
     def push(self, delta: Delta) -> str:
         """The text that this step allows to be shown, often less than it generated, at its end all."""
         self.num_steps, self._histogram = delta.num_steps, delta.accepted_histogram
+        self._num_guesses = delta.num_guesses
         if not self._stop:
             self.num_tokens += len(delta.token_ids)
             self.finish_reason = delta.finish_reason
@@ -291,13 +292,13 @@ class Reply:
             "total_tokens": self.num_prompt_tokens + self.num_tokens,
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,
-                "rejected_prediction_tokens": self.num_steps * self._num_nodes - accepted,
+                "rejected_prediction_tokens": self._num_guesses - accepted,
             },
         }
 
     def metrics(self) -> dict[str, Any]:
         """vLLM's figures of one request, which GuideLLM and AIPerf keep; a baseline accepts nothing."""
-        accepted, drafted = self._num_accepted(), self.num_steps * self._num_nodes
+        accepted, drafted = self._num_accepted(), self._num_guesses
         return {
             "speculative_decoding": {
                 "mean_acceptance_length": 1 + accepted / self.num_steps if self.num_steps else 1.0,

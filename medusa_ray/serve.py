@@ -74,6 +74,7 @@ class Server:
             dtype=args.dtype,
             max_batch_size=args.max_batch_size,
             max_total_tokens=args.max_total_tokens,
+            compile=args.compile,
         )
         return cls(engine, Chat.load(args.base), args)
 
@@ -158,7 +159,7 @@ class Server:
             "heads": self.args.heads,
             "num_heads": engine.num_heads,
             "tree_nodes": engine.num_nodes,
-            "mode": "eager",
+            "mode": engine.mode,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,
             "threads": torch.get_num_threads(),

@@ -25,6 +25,9 @@ class OracleHeads:
         self.engine = None
         self.random = random.Random(0)
 
+    def stack(self) -> "OracleHeads":
+        return self
+
     def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
         rows = []
         for sequence in self.engine.scheduler.running[: len(hidden_BC)]:

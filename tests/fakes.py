@@ -42,6 +42,6 @@ class ScriptedEngine:
                     histogram += [0] * (len(step) - len(histogram))
                     histogram[len(step) - 1] += 1
                 is_done = i == len(self.steps) - 1
-                yield Delta(step, self.finish_reason if is_done else None, i, list(histogram))
+                yield Delta(step, self.finish_reason if is_done else None, i, list(histogram), i * self.num_nodes)
         finally:
             self.num_cancelled += not is_done

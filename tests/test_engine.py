@@ -1,4 +1,6 @@
 import asyncio
+import itertools
+import random
 import threading
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.medusa.scheduler import Sequence
+from medusa_ray.medusa.sizing import TreeSizer
 from medusa_ray.medusa.tree import Tree
 
 TREES = {
@@ -74,6 +79,96 @@ def test_seeded_sampling_gives_the_baselines_tokens_with_any_tree(tiny_base, pro
     done = engine.generate(prompts, **settings)
     assert [d.token_ids for d in done] == alone
     assert sum(map(len, alone)) / sum(d.num_steps for d in done) > 1.3
+
+
+@pytest.mark.parametrize("tree", [None, "tree"])
+def test_prompts_in_pieces_give_the_same_replies(tiny_base, prompts, plain_replies, tree, monkeypatch):
+    """A piece that forgets the one before it, or sees its own padding, still gives fluent text."""
+    monkeypatch.setattr("medusa_ray.medusa.engine.PREFILL_TOKENS", 16)
+    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=5)
+    if tree:
+        engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
+    assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
+    assert engine.counters.num_prompt_tokens == sum(map(len, prompts))
+
+
+def test_a_long_prompt_does_not_stall_those_that_run(tiny_base, prompts, monkeypatch):
+    monkeypatch.setattr("medusa_ray.medusa.engine.PREFILL_TOKENS", 16)
+    engine = engine_of(tiny_base)
+    running = engine.add(Request(prompts[0][:10], max_new_tokens=20, ignore_eos=True))
+    engine.step()
+    long = engine.add(Request([7] * 160, max_new_tokens=5))
+    for step in range(1, 10):
+        engine.step()
+        assert len(running.token_ids) == 2 + step  # it moves on with each piece of the other's prompt
+    assert long.num_prefilled == 9 * 16
+
+
+def random_schedule(engine: Engine, requests: list[Request], chance: random.Random) -> list[Sequence]:
+    """Plays the requests: they come at random times, and every fifth is cancelled somewhere on its way."""
+    coming, sequences, doomed = list(requests), [], []
+    chance.shuffle(coming)
+    while coming or engine.scheduler.waiting or engine.scheduler.joining or engine.scheduler.running:
+        for _ in range(chance.randrange(4)):
+            if coming:
+                sequences.append(engine.add(coming.pop()))
+                if chance.random() < 0.2:
+                    doomed.append(sequences[-1])
+        if doomed and chance.random() < 0.3:
+            doomed.pop().is_cancelled = True
+        engine.step()
+    return sequences
+
+
+@pytest.mark.parametrize(
+    "num_schedules", [25, pytest.param(1000, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)])]
+)
+def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_schedules, monkeypatch):
+    """Whoever joins, leaves or is cancelled beside it, and in however many pieces its prompt is taken in."""
+    requests = [
+        Request(p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i)
+        for i, p in enumerate(prompts)
+    ]
+    plain = engine_of(tiny_base)
+    alone = [
+        plain.generate([r.prompt_ids], r.max_new_tokens, r.temperature, r.top_p, seed=r.seed)[0].token_ids
+        for r in requests
+    ]
+    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160)
+    engine.heads.replies = {tuple(r.prompt_ids): reply for r, reply in zip(requests, alone, strict=True)}
+    free = engine.cache.num_free_pages
+    for seed in range(num_schedules):
+        monkeypatch.setattr(
+            "medusa_ray.medusa.engine.PREFILL_TOKENS", random.Random(seed).choice([16, 64, 512])
+        )
+        for sequence in random_schedule(engine, requests, random.Random(seed)):
+            expected = alone[sequence.request.seed]
+            if sequence.is_cancelled:
+                assert sequence.token_ids == expected[: len(sequence.token_ids)]
+            else:
+                assert sequence.token_ids == expected
+        assert engine.cache.num_free_pages == free
+
+
+def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts, plain_replies):
+    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=4, is_adaptive=True)
+    engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
+    # Each size in turn, whatever it costs.
+    sizes = itertools.cycle(engine.trees)
+    engine._sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
+    engine._sizer.pick = lambda num_rows: next(sizes)
+    assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
+    assert list(engine.trees) == [1, 2, 3, 5, 9]
+    assert engine._sizer.chances[1] != 0.5, "nothing was learnt"
+
+
+def test_step_times_cover_every_size_up_to_a_full_batch(tiny_base):
+    heads = MedusaHeads(hidden_size=32, vocab_size=262)
+    engine = Engine(Backbone.load(str(tiny_base), torch.float32, "cpu"), heads, TREES["tree"], 6, 256, True)
+    times = engine.step_times(repeats=1)
+    assert list(times) == [1, 2, 4, 6]
+    assert all(list(row) == [1, 2, 3, 5, 9] for row in times.values())
+    assert min(seconds for row in times.values() for seconds in row.values()) > 0
 
 
 def test_captured_hidden_states_are_those_of_a_plain_forward(tiny_base, prompts, plain_replies):

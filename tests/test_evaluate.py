@@ -61,7 +61,7 @@ def test_simulated_and_served_acceleration_agree(tiny_base):
     def topk(hidden_BC, k):
         return torch.einsum("bc,hvc->bhv", hidden_BC, weight_HVC).topk(k, -1).indices
 
-    heads = SimpleNamespace(num_heads=2, hidden_size=32, vocab_size=262, topk=topk)
+    heads = SimpleNamespace(num_heads=2, hidden_size=32, vocab_size=262, topk=topk, stack=lambda: heads)
     prompts = [[1, *torch.randint(6, 262, (9,)).tolist()] for _ in range(6)]
     replies = Engine(backbone, max_total_tokens=128).generate(prompts, 60, capture_hidden=True)
     ranks = [ranks_of(heads, reply) for reply in replies]

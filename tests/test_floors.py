@@ -19,11 +19,12 @@ PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "hub"}
 FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
-    MATHS: {f"medusa.{name}" for name in ["tree", "acceptance", "sampling", "heads", "loss"]},
+    MATHS: {f"medusa.{name}" for name in ["tree", "sizing", "acceptance", "sampling", "heads", "loss"]},
     MODEL: {
         "chat",
         "openai_api",
-        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "scheduler", "engine"]),
+        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "treepass", "compiled"]),
+        *(f"medusa.{name}" for name in ["scheduler", "engine"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

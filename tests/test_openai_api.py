@@ -324,8 +324,8 @@ def test_unicode_in_single_bytes_comes_out_as_it_went_in(tiny_base: Path, text: 
 def test_usage_and_metrics_count_guesses_as_vllm_does() -> None:
     reply = Reply(Characters(), [], num_prompt_tokens=5, num_nodes=3)
     reply.push(Delta(ids("a"), None, 0, []))
-    reply.push(Delta(ids("bcd"), None, 1, [0, 0, 1]))
-    reply.push(Delta(ids("e"), "length", 2, [1, 0, 1]))
+    reply.push(Delta(ids("bcd"), None, 1, [0, 0, 1], 3))
+    reply.push(Delta(ids("e"), "length", 2, [1, 0, 1], 6))
     assert reply.usage() == {
         "prompt_tokens": 5,
         "completion_tokens": 5,

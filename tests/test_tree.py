@@ -14,13 +14,14 @@ def test_the_drawn_tree_has_the_drawn_mask():
     assert tree.walk_ND.tolist() == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]]
     # Two ranks a head: root, head 0 rank 0, head 0 rank 1, head 1 rank 0.
     assert tree.guess_N.tolist() == [0, 1, 2, 3]
-    assert (len(tree), tree.depth, tree.num_ranks, tree.is_chain) == (4, 2, 2, False)
+    assert (len(tree), tree.depth, tree.num_ranks) == (4, 2, 2)
+    assert tree.is_in_place == [True, True, False, False]
 
 
 def test_a_chain_takes_each_heads_best_guess():
     chain = Tree.chain(3)
     assert chain.paths == ((0,), (0, 0), (0, 0, 0))
-    assert chain.is_chain
+    assert all(chain.is_in_place)
     assert chain.mask_NN.equal(torch.ones(4, 4).tril().bool())
 
 

@@ -295,7 +295,14 @@ def run_config(out: Path, base: str, data: str | None, size: Size) -> RunConfig:
 
 def serve_config(out: Path, base: str, port: int) -> ServeConfig:
     """Both arms of the comparison: one engine with heads and one without, everything else the same."""
-    engine = {"base": base, "dtype": "float32", "device": "cpu", "max_total_tokens": 640, "threads": 1}
+    engine = {
+        "base": base,
+        "dtype": "float32",
+        "device": "cpu",
+        "max_total_tokens": 640,
+        "threads": 1,
+        "compile": "wait",
+    }
     heads = {"baseline": None, "medusa": str(out / "heads")}
     applications = [
         {"name": arm, "route_prefix": f"/{arm}", "args": {"model_id": arm, "heads": heads[arm], **engine}}

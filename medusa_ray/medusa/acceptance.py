@@ -8,6 +8,7 @@ plain sampled ones when the noise at a position is the same (sampling.py).
 # B requests   N tree nodes   D depth + 1
 """
 
+import torch
 from torch import Tensor
 
 from medusa_ray.medusa.tree import Tree
@@ -20,6 +21,8 @@ def walk(token_BN: Tensor, target_BN: Tensor, tree: Tree) -> tuple[Tensor, Tenso
     Returns node_B and committed_BD: the tokens of the walk without the root, then the base's token after node_B;
     only the first depth_N[node_B] + 1 entries of a row count.
     """
+    if len(tree) == 1:
+        return torch.zeros_like(target_BN[:, 0]), target_BN
     agrees_BN = token_BN == target_BN[:, tree.parent_N]
     agrees_BN[:, 0] = True
     # A node is reached when no node on its walk disagrees. Siblings differ in their tokens, so at most one node of

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medusa_ray.medusa.cache import PagedCache
+from medusa_ray.medusa.cache import read, write
 
 NAME = "medusa_tree"
 
@@ -24,23 +24,24 @@ NAME = "medusa_tree"
 class Step:
     """Where one forward pass writes and reads, and who sees whom."""
 
-    cache: PagedCache
+    keys: list[Tensor]  # a pool per layer
+    values: list[Tensor]
     write_BT: Tensor  # slots of the step's own tokens
     read_BS: Tensor  # slots of the context and the step's own tokens
-    visible_BTS: Tensor | None  # bool; None: every token sees every slot
+    visible_BTS: Tensor  # bool
     position_BT: Tensor
     position_BS: Tensor  # of what lies in each slot, for sliding windows
-    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, num_groups: int) -> Tensor | None:
-        """[B, 1, G * T, S]; built once per step for each kind of layer."""
+    def mask(self, window: int | None, num_groups: int, dtype: torch.dtype) -> Tensor:
+        """[B, 1, G * T, S], to be added to the scores; built once per step for each kind of layer."""
         if (window, num_groups) not in self.masks:
             visible_BTS = self.visible_BTS
             if window is not None:
                 near_BTS = self.position_BT[..., None] - self.position_BS[:, None] < window
-                visible_BTS = near_BTS if visible_BTS is None else visible_BTS & near_BTS
-            mask = None if visible_BTS is None else visible_BTS.repeat(1, num_groups, 1)[:, None]
-            self.masks[window, num_groups] = mask
+                visible_BTS = visible_BTS & near_BTS
+            mask_BTS = torch.zeros_like(visible_BTS, dtype=dtype).masked_fill(~visible_BTS, -torch.inf)
+            self.masks[window, num_groups] = mask_BTS.repeat(1, num_groups, 1)[:, None]
         return self.masks[window, num_groups]
 
 
@@ -63,14 +64,15 @@ def attend(
     """
     assert step is not None, "the model does not pass keyword arguments on to its attention function"
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
-    step.cache.write(layer, step.write_BT, key_BKTE.transpose(1, 2), value_BKTE.transpose(1, 2))
-    keys_BSKE, values_BSKE = step.cache.read(layer, step.read_BS)
-    keys_BKSE, values_BKSE = keys_BSKE.transpose(1, 2), values_BSKE.transpose(1, 2)
+    write(step.keys[layer], step.write_BT, key_BKTE.transpose(1, 2))
+    write(step.values[layer], step.write_BT, value_BKTE.transpose(1, 2))
+    keys_BKSE = read(step.keys[layer], step.read_BS).transpose(1, 2)
+    values_BKSE = read(step.values[layer], step.read_BS).transpose(1, 2)
 
     B, H, T, E = query_BHTE.shape
     K = key_BKTE.shape[1]
     query_BKQE = query_BHTE.reshape(B, K, H // K * T, E)
-    mask = step.mask(sliding_window, H // K)
+    mask = step.mask(sliding_window, H // K, query_BHTE.dtype)
     if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(
             query_BKQE, keys_BKSE, values_BKSE, attn_mask=mask, scale=scaling
@@ -78,14 +80,16 @@ def attend(
     else:
         scale = E**-0.5 if scaling is None else scaling
         out = _soft_attention(query_BKQE, keys_BKSE, values_BKSE, mask, scale, softcap, s_aux)
-    return out.reshape(B, H, T, -1).transpose(1, 2).contiguous(), None
+    out_BTKGE = out.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4)
+    # A clone, where contiguous() would first ask for strides that a compiled pass cannot know.
+    return out_BTKGE.clone(memory_format=torch.contiguous_format).flatten(2, 3), None
 
 
 def _soft_attention(
     query_BKQE: Tensor,
     keys_BKSE: Tensor,
     values_BKSE: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     scale: float,
     softcap: float | None,
     sink_H: Tensor | None,
@@ -94,8 +98,7 @@ def _soft_attention(
     scores_BKQS = (query_BKQE @ keys_BKSE.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores_BKQS = torch.tanh(scores_BKQS / softcap) * softcap
-    if mask is not None:
-        scores_BKQS = scores_BKQS.masked_fill(~mask, -torch.inf)
+    scores_BKQS = scores_BKQS + mask
     num_slots = scores_BKQS.shape[-1]
     if sink_H is not None:
         B, K, Q, _ = scores_BKQS.shape

@@ -40,9 +40,10 @@ class Backbone:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.max_positions: int = config.max_position_embeddings
         self.eos_ids = _eos_ids(model)
-        self._hidden: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self.kv_heads, self.head_size = self._kv_shape()
+        self._wanted_BW: Tensor | None = None
+        self._hidden_BWC: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._before_output)
 
     @classmethod
     def load(cls, base: str, dtype: torch.dtype, device: str, revision: str | None = None) -> "Backbone":
@@ -62,20 +63,22 @@ class Backbone:
     def output_weight_VC(self) -> Tensor:
         return self.model.get_output_embeddings().weight
 
-    def forward(self, token_BT: Tensor, step: Step, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] and hidden states [B, T, C]; of the last token only when so asked."""
-        output = self.model(
-            input_ids=token_BT,
-            position_ids=step.position_BT,
-            use_cache=False,
-            logits_to_keep=int(last_only),
-            step=step,
-        )
-        assert self._hidden is not None
-        return output.logits, self._hidden
+    def forward(self, token_BT: Tensor, step: Step, wanted_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, W, V] and hidden states [B, W, C] at the wanted tokens of each row."""
+        self._wanted_BW = wanted_BW
+        output = self.model(input_ids=token_BT, position_ids=step.position_BT, use_cache=False, step=step)
+        self._wanted_BW = None
+        assert self._hidden_BWC is not None
+        return output.logits, self._hidden_BWC
 
-    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._hidden = args[0]
+    def _before_output(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        """Lets only the wanted states into the output layer: a large vocabulary makes logits dear."""
+        if self._wanted_BW is None:  # a call of the model that is not ours
+            return None
+        (hidden_BTC,) = args
+        wanted_BWC = self._wanted_BW[..., None].expand(-1, -1, hidden_BTC.shape[2])
+        self._hidden_BWC = hidden_BTC.gather(1, wanted_BWC)
+        return (self._hidden_BWC,)
 
     def _kv_shape(self) -> tuple[int, int]:
         """Key/value heads and their size, seen in one dummy call: configs name them in too many ways."""

@@ -47,32 +47,34 @@ class PagedCache:
     def give_back(self, pages: list[int]) -> None:
         self._free.extend(reversed(pages))
 
-    def page_table(self, pages_of: list[list[int]]) -> Tensor:
-        """[B, P] pages of each sequence, filled up with the null page."""
-        width = max(map(len, pages_of))
-        return torch.tensor(
-            [pages + [NULL_PAGE] * (width - len(pages)) for pages in pages_of], device=self.device
-        )
-
-    @staticmethod
-    def slots(table_BP: Tensor, position_BT: Tensor) -> Tensor:
-        """Slot of each position of each sequence, [B, T]."""
-        return table_BP.gather(1, position_BT // PAGE_SIZE) * PAGE_SIZE + position_BT % PAGE_SIZE
-
-    def write(self, layer: int, slot_BT: Tensor, key_BTKE: Tensor, value_BTKE: Tensor) -> None:
-        slots = slot_BT.flatten()
-        self.keys[layer].index_copy_(0, slots, key_BTKE.flatten(0, 1))
-        self.values[layer].index_copy_(0, slots, value_BTKE.flatten(0, 1))
-
-    def read(self, layer: int, slot_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, K, E] of the slots."""
-        keys, values = self.keys[layer], self.values[layer]
-        shape = (*slot_BS.shape, *keys.shape[1:])
-        slots = slot_BS.flatten()
-        return keys.index_select(0, slots).view(shape), values.index_select(0, slots).view(shape)
+    def page_table(self, pages_of: list[list[int]], width: int) -> Tensor:
+        """[B, P] the first `width` pages of each sequence, filled up with the null page."""
+        rows = [pages[:width] + [NULL_PAGE] * (width - len(pages)) for pages in pages_of]
+        return torch.tensor(rows, device=self.device)
 
     def compact(self, from_BD: Tensor, to_BD: Tensor) -> None:
         """Moves a walk's keys and values to where its tokens now stand, in every layer."""
         source, target = from_BD.flatten(), to_BD.flatten()
         for pool in (*self.keys, *self.values):
             pool.index_copy_(0, target, pool.index_select(0, source))
+
+
+def slots(table_BP: Tensor, position_BT: Tensor) -> Tensor:
+    """Slot of each position of each sequence, [B, T]."""
+    return table_BP.gather(1, position_BT // PAGE_SIZE) * PAGE_SIZE + position_BT % PAGE_SIZE
+
+
+def all_slots(table_BP: Tensor) -> Tensor:
+    """Slots of every position that the pages of a table hold, [B, P * PAGE_SIZE]."""
+    within_page = torch.arange(PAGE_SIZE, device=table_BP.device)
+    return (table_BP[:, :, None] * PAGE_SIZE + within_page).flatten(1)
+
+
+def write(pool: Tensor, slot_BT: Tensor, states_BTKE: Tensor) -> None:
+    """Puts the keys or values of a step into one layer's pool."""
+    pool.index_copy_(0, slot_BT.flatten(), states_BTKE.flatten(0, 1))
+
+
+def read(pool: Tensor, slot_BS: Tensor) -> Tensor:
+    """Keys or values [B, S, K, E] of the slots of one layer's pool."""
+    return pool.index_select(0, slot_BS.flatten()).unflatten(0, slot_BS.shape)

@@ -9,27 +9,33 @@ The baseline is the same loop with an empty tree. Greedy and seeded replies are 
 """
 
 import asyncio
+import logging
 import threading
+import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_ray.medusa import compiled
 from medusa_ray.medusa.acceptance import walk
-from medusa_ray.medusa.attention import Step
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.cache import PagedCache
+from medusa_ray.medusa.cache import PagedCache, slots
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.sampling import Sampling, choose
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
+from medusa_ray.medusa.sizing import StepTimes, TreeSizer
 from medusa_ray.medusa.tree import RankPath, Tree
+from medusa_ray.medusa.treepass import TreePass
 
-PREFILL_TOKENS = 4096  # of one prefill pass, padding included
+log = logging.getLogger("medusa_ray")
+
+PREFILL_TOKENS = 1024  # of one prefill pass, padding included; running sequences wait for it
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Delta:
     finish_reason: str | None  # stop | length | cancelled
     num_steps: int  # so far, the prefill left out
     accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
+    num_guesses: int = 0  # so far
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,20 @@ class Engine:
         tree: Tree | None = None,
         max_batch_size: int = 16,
         max_total_tokens: int = 2048,
+        is_adaptive: bool = False,
     ) -> None:
-        """Raises ValueError when base, heads and tree do not fit together."""
+        """is_adaptive: steps take as much of the tree as pays at the load.
+
+        Raises ValueError when base, heads and tree do not fit together.
+        """
         tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
         _check_fit(backbone, heads, tree)
         self.backbone, self.heads = backbone, heads
-        self.tree = tree.to(backbone.device)
+        self.is_adaptive = is_adaptive
+        self._sizer: TreeSizer | None = None
+        sizes = tree_sizes(len(tree)) if is_adaptive else [len(tree)]
+        self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
+        self.tree = self.trees[len(tree)]
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
         self.cache = PagedCache(
@@ -101,13 +116,11 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack=len(tree))
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None
+        self._guesser = heads.stack() if heads else None
+        self._pass: compiled.Pass = TreePass(backbone)
+        self.mode = "eager"
         self._batch: Batch | None = None
-        self._depths = tree.depth_N.tolist()
-        # Walks that already stand in a row need no moving; a chain's all do.
-        self._in_place = [
-            walked.tolist()[: d + 1] == [*range(d + 1)]
-            for walked, d in zip(tree.walk_ND, self._depths, strict=True)
-        ]
+        self._node_N = torch.arange(max(len(tree), max_batch_size), device=backbone.device)
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
 
@@ -122,12 +135,16 @@ class Engine:
         max_batch_size: int = 16,
         max_total_tokens: int = 2048,
         revision: str | None = None,
+        compile: Literal["no", "wait", "background"] = "no",
     ) -> "Engine":
         """The engine of a base and its heads.
 
         base: folder, hub name or loaded model, which it takes over. heads: folder or module, None for the baseline.
-        tree: a Tree, rank paths, "chain", or None for the heads' own tree.json (a chain when there is none).
-        max_total_tokens: longest prompt plus reply. Raises ValueError for what cannot be served.
+        tree: a Tree, rank paths, "chain", None for the heads' own tree.json (a chain when there is none), or "auto" for
+        as much of that as pays at the load.
+        max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
+        or hub name, which takes a while the first time, or build it in the "background"; where there is none it runs
+        eagerly, and `mode` says so. Raises ValueError for what cannot be served.
         """
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
@@ -142,7 +159,32 @@ class Engine:
             if heads.layout == "shared":
                 heads.init_from(backbone.output_weight_VC)
             heads = heads.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
-        return cls(backbone, heads, _as_tree(tree, heads, folder), max_batch_size, max_total_tokens)
+        engine = cls(
+            backbone, heads, _as_tree(tree, heads, folder), max_batch_size, max_total_tokens, tree == "auto"
+        )
+        if compile == "wait":
+            engine.compile(str(base), dtype, revision)
+        elif compile == "background":
+            arguments = (str(base), dtype, revision)
+            threading.Thread(
+                target=engine.compile, args=arguments, name="medusa-compile", daemon=True
+            ).start()
+        return engine
+
+    def compile(self, base: str, dtype: str, revision: str | None = None) -> None:
+        """Replaces the eager pass, between two steps, by the compiled one of the base, a folder or hub name.
+
+        Where that cannot be had, the engine goes on eagerly and logs why.
+        """
+        reason = compiled.why_not(self.backbone.device.type)
+        if reason is None:
+            try:
+                self._pass = compiled.load_or_build(base, dtype, revision)
+                self.mode, self._sizer = "compiled", None  # what was measured was the eager pass
+                return
+            except (OSError, RuntimeError) as error:
+                reason = str(error)
+        log.warning("the engine runs eagerly: %s", reason)
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -152,151 +194,135 @@ class Engine:
 
     @torch.inference_mode()
     def _take_in(self) -> list[tuple[Sequence, Delta]]:
-        """The first token of each sequence that joins."""
-        joined = self.scheduler.admit()
-        deltas = [delta for group in self._groups(joined) for delta in self._prefill(group)]
+        """Moves prompts on by one pass; the first token of each sequence whose prompt this completes."""
+        self.scheduler.admit()
+        group = self.scheduler.next_group(PREFILL_TOKENS)
+        deltas = self._prefill(group) if group else []
         self._drop(self.scheduler.release())
         return deltas
 
     @torch.inference_mode()
     def _move_on(self) -> list[tuple[Sequence, Delta]]:
+        """Moves every running sequence on by one pass over its tree."""
         if self._batch is None:
             return []
-        token_BN = self._propose(self._batch)
-        target_BN, hidden_BNC = self._verify(self._batch, token_BN)
-        deltas = self._commit(self._batch, token_BN, target_BN, hidden_BNC)
+        batch, tree = self._batch, self._pick_tree()
+        longest = max(sequence.num_cached for sequence in self.scheduler.running)
+        token_BN, target_BN, hidden_BNC = self._try(batch, tree, longest)
+        deltas = self._commit(batch, tree, token_BN, target_BN, hidden_BNC)
         self._drop(self.scheduler.release())
         return deltas
 
-    def _propose(self, batch: Batch) -> Tensor:
-        """Token of each node: the root, then the heads' guesses."""
-        if self.heads is None or len(self.tree) == 1:
-            return batch.root_B[:, None]
-        guess_BHK = self.heads.topk(batch.hidden_BC, self.tree.num_ranks)
-        return torch.cat([batch.root_B[:, None], guess_BHK.flatten(1)], 1)[:, self.tree.guess_N]
+    def _pick_tree(self) -> Tree:
+        """As much of the tree as pays with the sequences that run."""
+        if not self.is_adaptive:
+            return self.tree
+        if self._sizer is None:
+            self._sizer = TreeSizer(self.tree, self.step_times())
+        return self.trees[self._sizer.pick(len(self.scheduler.running))]
 
-    def _verify(self, batch: Batch, token_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """The base's own token after each node, and the hidden states there."""
-        position_BN = batch.length_B[:, None] + self.tree.depth_N
-        logits_BNV, hidden_BNC = self.backbone.forward(token_BN, self._tree_step(batch, position_BN))
-        return choose(logits_BNV, position_BN + 1, batch.sampling), hidden_BNC
+    def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token of each node, the base's own token after it, and the hidden states there. longest: cached tokens."""
+        token_BN = self._propose(batch, tree)
+        every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
+        table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
+        logits_BNV, hidden_BNC = self._run(
+            token_BN, batch.length_B, table_BP, tree.depth_N, tree.mask_NN, every_BN
+        )
+        target_BN = choose(logits_BNV, batch.length_B[:, None] + tree.depth_N + 1, batch.sampling)
+        return token_BN, target_BN, hidden_BNC
+
+    def _run(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states of one pass; arguments as TreePass.forward takes them."""
+        # A compiled pass takes it for granted that tensors are contiguous.
+        return self._pass(*(tensor.contiguous() for tensor in tensors), self.cache.keys, self.cache.values)
+
+    def _propose(self, batch: Batch, tree: Tree) -> Tensor:
+        """Token of each node: the root, then the heads' guesses."""
+        if self._guesser is None or len(tree) == 1:
+            return batch.root_B[:, None]
+        guess_BHK = self._guesser.topk(batch.hidden_BC, tree.num_ranks)
+        return torch.cat([batch.root_B[:, None], guess_BHK.flatten(1)], 1)[:, tree.guess_N]
 
     def _commit(
-        self, batch: Batch, token_BN: Tensor, target_BN: Tensor, hidden_BNC: Tensor
+        self, batch: Batch, tree: Tree, token_BN: Tensor, target_BN: Tensor, hidden_BNC: Tensor
     ) -> list[tuple[Sequence, Delta]]:
         """Takes the agreed tokens into each sequence and its keys and values into their place."""
-        node_B, committed_BD = walk(token_BN, target_BN, self.tree)
+        node_B, committed_BD = walk(token_BN, target_BN, tree)
         rows = torch.cat([node_B[:, None], committed_BD], 1).tolist()  # the one sync of this step
-        if not all(self._in_place[node] for node, *_ in rows):
-            self._compact(batch, node_B)
-        depth_B = self.tree.depth_N[node_B]
+        if not all(tree.is_in_place[node] for node, *_ in rows):
+            self._compact(batch, tree, node_B)
+        depth_B = tree.depth_N[node_B]
         batch.length_B = batch.length_B + depth_B + 1
         batch.root_B = committed_BD.gather(1, depth_B[:, None])[:, 0]
-        batch.hidden_BC = hidden_BNC[torch.arange(len(rows), device=node_B.device), node_B]
+        batch.hidden_BC = hidden_BNC[self._node_N[: len(rows)], node_B]
         deltas = []
         for row, (sequence, (node, *committed)) in enumerate(zip(self.scheduler.running, rows, strict=True)):
-            taken = sequence.extend(committed[: self._depths[node] + 1])
+            taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(hidden_BNC[row, self.tree.walk_ND[node, : len(taken)]])
-            self._count(sequence, len(taken))
+                sequence.hidden_parts.append(hidden_BNC[row, tree.walk_ND[node, : len(taken)]])
+            self._count(sequence, len(tree), len(taken))
             deltas.append((sequence, _delta(sequence, taken)))
+        if self._sizer is not None:
+            self._sizer.learn(len(tree), [node for node, *_ in rows])
         return deltas
 
-    def _tree_step(self, batch: Batch, position_BN: Tensor) -> Step:
-        """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself."""
-        num_nodes = len(self.tree)
-        longest = max(sequence.num_cached for sequence in self.scheduler.running) + num_nodes
-        slot_S = torch.arange(longest, device=position_BN.device)
-        read_BS = self.cache.slots(batch.table_BP, slot_S.expand(len(position_BN), -1))
-        node_BN = batch.length_B[:, None] + torch.arange(num_nodes, device=position_BN.device)
-        behind_BS = (
-            slot_S - batch.length_B[:, None]
-        )  # negative in the context, else the node that stands there
-        is_node_BS = (behind_BS >= 0) & (behind_BS < num_nodes)
-        inner_BS = behind_BS.clamp(0, num_nodes - 1)
-        visible_BNS = None
-        if len(position_BN) > 1 or num_nodes > 1:
-            among_nodes_BNS = self.tree.mask_NN.T[inner_BS].transpose(1, 2) & is_node_BS[:, None]
-            visible_BNS = (behind_BS < 0)[:, None] | among_nodes_BNS
-        return Step(
-            self.cache,
-            write_BT=read_BS.gather(1, node_BN),
-            read_BS=read_BS,
-            visible_BTS=visible_BNS,
-            position_BT=position_BN,
-            position_BS=torch.where(
-                is_node_BS, batch.length_B[:, None] + self.tree.depth_N[inner_BS], slot_S
-            ),
-        )
-
-    def _compact(self, batch: Batch, node_B: Tensor) -> None:
-        walk_BD = self.tree.walk_ND[node_B]
-        place_D = torch.arange(walk_BD.shape[1], device=node_B.device)
+    def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:
+        walk_BD = tree.walk_ND[node_B]
         # The last node of a short walk is repeated, and lands where the next step writes anyway.
-        from_BD = self.cache.slots(batch.table_BP, batch.length_B[:, None] + walk_BD)
-        to_BD = self.cache.slots(batch.table_BP, batch.length_B[:, None] + place_D)
+        from_BD = slots(batch.table_BP, batch.length_B[:, None] + walk_BD)
+        to_BD = slots(batch.table_BP, batch.length_B[:, None] + self._node_N[: walk_BD.shape[1]])
         self.cache.compact(from_BD, to_BD)
 
     # ------------------------------------------------------------------------------- joining and leaving
 
-    def _groups(self, joined: list[Sequence]) -> list[list[Sequence]]:
-        """Prefill passes of like lengths, each of bounded size."""
-        groups: list[list[Sequence]] = []
-        for sequence in sorted(joined, key=lambda s: len(s.request.prompt_ids)):
-            longest = len(sequence.request.prompt_ids)
-            if groups and (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS:
-                groups[-1].append(sequence)
-            else:
-                groups.append([sequence])
-        return groups
-
     def _prefill(self, group: list[Sequence]) -> list[tuple[Sequence, Delta]]:
-        """Runs the prompts of a group and adds their rows to the batch. Prompts are padded on the left, so that every
-        row's last token is the last column."""
-        device = self.backbone.device
-        prompts = [sequence.request.prompt_ids for sequence in group]
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        token_BT = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        length_B = torch.tensor(lengths, device=device)
-        slot_S = torch.arange(longest, device=device)
-        column_BT = slot_S - (longest - length_B)[:, None]
-        position_BT = column_BT.clamp_min(0)
-        table_BP = self.cache.page_table([sequence.pages for sequence in group])
-        step = Step(
-            self.cache,
-            # Padding goes to slot 0, which is the null page's.
-            write_BT=torch.where(column_BT < 0, 0, self.cache.slots(table_BP, position_BT)),
-            read_BS=self.cache.slots(table_BP, slot_S.expand(len(group), -1)),
-            visible_BTS=slot_S <= position_BT[..., None],
-            position_BT=position_BT,
-            position_BS=slot_S.expand(len(group), -1),
+        """Runs the next piece of each prompt of a group, and lets those run that this completes."""
+        pieces = [
+            sequence.request.prompt_ids[sequence.num_prefilled :][:PREFILL_TOKENS] for sequence in group
+        ]
+        num_done = [sequence.num_prefilled for sequence in group]
+        lengths = [len(piece) for piece in pieces]
+        longest, device = max(lengths), self.backbone.device
+        # Padding stands on the right, where no node looks, and writes where real tokens or nobody will.
+        token_BT = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces], device=device)
+        done_B, length_B = torch.tensor(num_done, device=device), torch.tensor(lengths, device=device)
+        width = PagedCache.pages_for(max(num_done) + longest)
+        table_BP = self.cache.page_table([sequence.pages for sequence in group], width)
+        place_T = torch.arange(longest, device=device)
+        sees_TT = place_T[:, None] >= place_T
+        logits_B1V, hidden_B1C = self._run(
+            token_BT, done_B, table_BP, place_T, sees_TT, length_B[:, None] - 1
         )
-        logits_B1V, hidden_B1C = self.backbone.forward(token_BT, step, last_only=True)
-        sampling = _sampling(group, device)
-        root_B1 = choose(logits_B1V, length_B[:, None], sampling)
-        self._join(root_B1[:, 0], hidden_B1C[:, 0], length_B, group)
+        for sequence, length in zip(group, lengths, strict=True):
+            sequence.num_prefilled += length
+        self.counters.num_prompt_tokens += sum(lengths)
+        whole = [row for row, sequence in enumerate(group) if not sequence.num_left]
+        return self._start([group[row] for row in whole], logits_B1V[whole], hidden_B1C[whole, 0])
+
+    def _start(
+        self, group: list[Sequence], logits_B1V: Tensor, hidden_BC: Tensor
+    ) -> list[tuple[Sequence, Delta]]:
+        """Commits the first token of sequences and adds their rows to the batch."""
+        if not group:
+            return []
+        device = self.backbone.device
+        length_B = torch.tensor([sequence.num_prefilled for sequence in group], device=device)
+        root_B = choose(logits_B1V, length_B[:, None], _sampling(group, device))[:, 0]
         deltas = []
-        for sequence, root, hidden_C in zip(group, root_B1[:, 0].tolist(), hidden_B1C[:, 0], strict=True):
+        for row, (sequence, root) in enumerate(zip(group, root_B.tolist(), strict=True)):
             taken = sequence.extend([root])
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(hidden_C[None])
-            self.counters.num_prompt_tokens += len(sequence.request.prompt_ids)
+                sequence.hidden_parts.append(hidden_BC[row : row + 1])
             self.counters.num_generated_tokens += 1
             deltas.append((sequence, _delta(sequence, taken)))
-        return deltas
-
-    def _join(self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor, group: list[Sequence]) -> None:
-        running = self.scheduler.running
+        self.scheduler.start(group)
         if self._batch is not None:
             root_B = torch.cat([self._batch.root_B, root_B])
             hidden_BC = torch.cat([self._batch.hidden_BC, hidden_BC])
             length_B = torch.cat([self._batch.length_B, length_B])
-        # Groups join in another order than they were admitted in; rows follow the batch.
-        settled = running[: len(root_B) - len(group)]
-        rest = [s for s in running[len(settled) :] if s not in group]
-        self.scheduler.running = [*settled, *group, *rest]
-        self._rebuild(root_B, hidden_BC, length_B, [*settled, *group])
+        self._rebuild(root_B, hidden_BC, length_B)
+        return deltas
 
     def _drop(self, stay: list[int]) -> None:
         """Keeps the rows that stay."""
@@ -304,32 +330,66 @@ class Engine:
         if batch is None or len(stay) == len(batch.root_B):
             return
         rows = torch.tensor(stay, dtype=torch.long, device=self.backbone.device)
-        self._rebuild(batch.root_B[rows], batch.hidden_BC[rows], batch.length_B[rows], self.scheduler.running)
+        self._rebuild(batch.root_B[rows], batch.hidden_BC[rows], batch.length_B[rows])
 
-    def _rebuild(
-        self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor, sequences: list[Sequence]
-    ) -> None:
+    def _rebuild(self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor) -> None:
+        """Makes these rows, those of the running sequences, the batch."""
         self._batch = None
-        if sequences:
-            table_BP = self.cache.page_table([sequence.pages for sequence in sequences])
+        if sequences := self.scheduler.running:
+            width = max(len(sequence.pages) for sequence in sequences)
+            table_BP = self.cache.page_table([sequence.pages for sequence in sequences], width)
             sampling = _sampling(sequences, self.backbone.device)
             self._batch = Batch(root_B, hidden_BC, length_B, table_BP, sampling)
 
-    def _count(self, sequence: Sequence, num_taken: int) -> None:
+    def _count(self, sequence: Sequence, num_nodes: int, num_taken: int) -> None:
         accepted = num_taken - 1
         histogram = sequence.accepted_histogram
         histogram += [0] * (accepted + 1 - len(histogram))
         histogram[accepted] += 1
         sequence.num_steps += 1
+        sequence.num_guesses += num_nodes - 1
         totals = self.counters
         totals.num_steps += 1
         totals.num_generated_tokens += num_taken
-        if len(self.tree) > 1:
+        if num_nodes > 1:
             totals.num_drafts += 1
-            totals.num_draft_tokens += len(self.tree) - 1
+            totals.num_draft_tokens += num_nodes - 1
             totals.num_accepted_tokens += accepted
             for position in range(accepted):
                 totals.num_accepted_tokens_per_pos[position] += 1
+
+    # ------------------------------------------------------------------------------------------- cost
+
+    @torch.inference_mode()
+    def step_times(self, context: int = 128, repeats: int = 3) -> StepTimes:
+        """Seconds of a greedy step by rows and nodes, with so many cached tokens a row; the best of the repeats.
+
+        The rows are nobody's: their pages are the null page.
+        """
+        device, width = self.backbone.device, PagedCache.pages_for(context + len(self.tree))
+        times: StepTimes = {}
+        for num_rows in doublings(self.scheduler.max_batch_size):
+            token_B = torch.zeros(num_rows, dtype=torch.long, device=device)
+            batch = Batch(
+                root_B=token_B,
+                hidden_BC=torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=device),
+                length_B=token_B + context,
+                table_BP=self.cache.page_table([[]] * num_rows, width),
+                sampling=Sampling.of(
+                    [0.0] * num_rows, [1.0] * num_rows, [0] * num_rows, [0] * num_rows, device
+                ),
+            )
+            times[num_rows] = {
+                size: min(self._time(batch, tree, context) for _ in range(repeats + 1))
+                for size, tree in self.trees.items()
+            }
+        return times
+
+    def _time(self, batch: Batch, tree: Tree, context: int) -> float:
+        started = time.perf_counter()
+        token_BN, target_BN, _ = self._try(batch, tree, context)
+        walk(token_BN, target_BN, tree)[0].tolist()
+        return time.perf_counter() - started
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -409,7 +469,9 @@ class Engine:
         while self.failure is None:
             self.scheduler.work.wait()
             try:
-                self._send(self._take_in())  # at once: a first token is not to wait for a step it has no part in
+                self._send(
+                    self._take_in()
+                )  # at once: a first token is not to wait for a step it has no part in
                 self._send(self._move_on())
             except Exception as error:
                 self.failure = error
@@ -449,7 +511,7 @@ class Engine:
 
     @property
     def num_nodes(self) -> int:
-        """Guesses of a step."""
+        """Guesses of a step, at most."""
         return len(self.tree) - 1
 
     @property
@@ -458,7 +520,17 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting)
+        return len(self.scheduler.waiting) + len(self.scheduler.joining)
+
+
+def tree_sizes(largest: int) -> list[int]:
+    """Nodes of the trees that an adaptive step chooses from, the root counted: 1, 2, 3, 5, 9, 17 ... and all."""
+    return sorted({1, largest, *(1 + num for num in doublings(largest - 1))})
+
+
+def doublings(largest: int) -> list[int]:
+    """1, 2, 4, 8 ... and the largest itself."""
+    return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest] if largest else []
 
 
 def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> None:
@@ -490,9 +562,9 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
         return tree
     if tree == "chain":
         return Tree.chain(heads.num_heads) if heads else Tree()
-    if isinstance(tree, str):
-        raise ValueError(f'tree is {tree!r}; expected "chain", rank paths or a Tree.')
-    if tree is not None:
+    if isinstance(tree, str) and tree != "auto":
+        raise ValueError(f'tree is {tree!r}; expected "auto", "chain", rank paths or a Tree.')
+    if tree is not None and tree != "auto":
         paths: list[RankPath] = [tuple(path) for path in tree]
         return Tree.from_paths(paths)
     file = folder / "tree.json" if folder else None
@@ -511,7 +583,8 @@ def _sampling(sequences: list[Sequence], device: torch.device) -> Sampling:
 
 
 def _delta(sequence: Sequence, taken: list[int]) -> Delta:
-    return Delta(taken, sequence.finish_reason, sequence.num_steps, list(sequence.accepted_histogram))
+    histogram = list(sequence.accepted_histogram)
+    return Delta(taken, sequence.finish_reason, sequence.num_steps, histogram, sequence.num_guesses)
 
 
 def _completion(sequence: Sequence) -> Completion:

@@ -8,7 +8,6 @@ output layer: its own (layout "own") or the base's (layout "shared"). Medusa pap
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -64,7 +63,6 @@ class MedusaHeads(nn.ModuleList):
                 head.append(nn.Linear(hidden_size, vocab_size, bias=False, dtype=dtype))
             self.append(head)
         self.register_buffer("output_VC", None, persistent=False)
-        self._stacks: _Stacks | None = None
 
     def init_from(self, lm_head_weight_VC: Tensor) -> None:
         """Takes over the base's output layer: a copy for each head of layout "own", else the very tensor.
@@ -110,24 +108,9 @@ class MedusaHeads(nn.ModuleList):
         logits = [F.linear(states_BHC[:, head], self.output_weight(head)) for head in range(self.num_heads)]
         return torch.stack(logits, dim=1)
 
-    @torch.inference_mode()
-    def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
-        """Each head's k likeliest tokens [B, H, K], likeliest first. Needs eval(): weights must stand still.
-
-        Runs once per engine step, so all heads are one matrix product per layer.
-        """
-        assert not self.training, "topk stacks the weights once, so they must stand still; call eval() first"
-        if self._stacks is None:
-            self._stacks = _Stacks(self)
-        return self._stacks.logits(hidden_BC).topk(k).indices
-
-    def train(self, mode: bool = True) -> "MedusaHeads":
-        self._stacks = None
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MedusaHeads":
-        self._stacks = None  # .to() and its like would leave them behind
-        return super()._apply(fn, recurse)
+    def stack(self) -> "HeadStack":
+        """The same heads for inference: all of them in one matrix product per layer."""
+        return HeadStack(self)
 
     def save(self, folder: str | Path, base: str) -> None:
         """Writes weights and config.json as TGI reads them; the base's shared output layer is not among them.
@@ -184,28 +167,40 @@ class MedusaHeads(nn.ModuleList):
         return heads.to(device, dtype)
 
 
-class _Stacks:
-    """Weights of all heads, one tensor per layer. The modules' own become views of it: none is held twice."""
+class HeadStack(nn.Module):
+    """Weights of all heads, one tensor per layer. The heads' own become views of it: none is held twice.
+
+    They are buffers, so that a compiled pass finds them by name.
+    """
+
+    output: Tensor  # [V, C] when shared, else [H, V, C]
 
     def __init__(self, heads: MedusaHeads) -> None:
-        with torch.inference_mode(False):  # or the modules could never be trained again
-            rows, layers = range(heads.num_heads), range(heads.num_layers)
-            linears = [[heads.block(head, layer).linear for head in rows] for layer in layers]
-            self.weights_HCC = [_stack([linear.weight for linear in layer]) for layer in linears]
-            self.biases_HC = [_stack([linear.bias for linear in layer]) for layer in linears]
-            # [V, C] when shared, else [H, V, C]
-            is_shared = heads.layout == "shared"
-            self.output = (
-                heads.output_weight(0) if is_shared else _stack([heads.output_weight(h) for h in rows])
-            )
+        super().__init__()
+        self.num_heads, self.num_layers = heads.num_heads, heads.num_layers
+        self.vocab_size = heads.vocab_size
+        rows, layers = range(heads.num_heads), range(heads.num_layers)
+        for layer in layers:
+            linears = [heads.block(head, layer).linear for head in rows]
+            self.register_buffer(f"weight_{layer}", _stack([linear.weight for linear in linears]))
+            self.register_buffer(f"bias_{layer}", _stack([linear.bias for linear in linears]))
+        is_shared = heads.layout == "shared"
+        self.register_buffer(
+            "output", heads.output_weight(0) if is_shared else _stack([heads.output_weight(h) for h in rows])
+        )
 
-    def logits(self, hidden_BC: Tensor) -> Tensor:
-        """As MedusaHeads.forward: [B, H, V]."""
-        weight_HCC, bias_HC = self.weights_HCC[0], self.biases_HC[0]
+    def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
+        """Each head's k likeliest tokens [B, H, K], likeliest first."""
+        return self(hidden_BC).topk(k).indices
+
+    def forward(self, hidden_BC: Tensor) -> Tensor:
+        """As MedusaHeads.forward: logits [B, H, V]."""
+        weight_HCC, bias_HC = self.get_buffer("weight_0"), self.get_buffer("bias_0")
         # The first blocks all see the same states: one plain product, faster than a batched one.
         first_BX = F.linear(hidden_BC, weight_HCC.flatten(0, 1), bias_HC.flatten())
         states_HBC = (hidden_BC.unsqueeze(1) + F.silu(first_BX.unflatten(1, bias_HC.shape))).transpose(0, 1)
-        for weight_HCC, bias_HC in zip(self.weights_HCC[1:], self.biases_HC[1:], strict=True):
+        for layer in range(1, self.num_layers):
+            weight_HCC, bias_HC = self.get_buffer(f"weight_{layer}"), self.get_buffer(f"bias_{layer}")
             product_HBC = torch.baddbmm(bias_HC.unsqueeze(1), states_HBC, weight_HCC.transpose(1, 2))
             states_HBC = states_HBC + F.silu(product_HBC)
         if self.output.dim() == 2:

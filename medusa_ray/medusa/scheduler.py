@@ -38,7 +38,9 @@ class Sequence:
     seed: int = 0
     token_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    num_prefilled: int = 0  # tokens of the prompt that are in the cache
     num_steps: int = 0
+    num_guesses: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     hidden_parts: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None
@@ -46,6 +48,15 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.seed = random.getrandbits(62) if self.request.seed is None else self.request.seed
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_cancelled or self.finish_reason is not None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are not in the cache yet."""
+        return len(self.request.prompt_ids) - self.num_prefilled
 
     @property
     def num_cached(self) -> int:
@@ -75,6 +86,7 @@ class Scheduler:
         self.cache, self.max_batch_size = cache, max_batch_size
         self.num_slack = num_slack  # slots that a step's guesses may take beyond the last token
         self.waiting: deque[Sequence] = deque()
+        self.joining: list[Sequence] = []  # they hold pages, and their prompts are on the way into these
         self.running: list[Sequence] = []
         self.work = threading.Event()  # set while somebody waits or runs
 
@@ -83,10 +95,9 @@ class Scheduler:
         self.waiting.append(sequence)
         self.work.set()
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences into the batch while there is room; returns the newly running ones."""
-        joined = []
-        while self.waiting and len(self.running) < self.max_batch_size:
+    def admit(self) -> None:
+        """Lets waiting sequences join while there is room."""
+        while self.waiting and len(self.joining) + len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
             if not sequence.is_cancelled:
                 request = sequence.request
@@ -96,21 +107,40 @@ class Scheduler:
                 if needed > self.cache.num_free_pages:
                     break
                 sequence.pages = self.cache.take(needed)
-                self.running.append(sequence)
-                joined.append(sequence)
+                self.joining.append(sequence)
             self.waiting.popleft()
-        return joined
+
+    def next_group(self, max_tokens: int) -> list[Sequence]:
+        """Joining sequences whose next pieces go through the base together, padded to the longest of them.
+
+        The oldest is always among them, so that no prompt waits for ever; then those most like it in length.
+        """
+        if not self.joining:
+            return []
+        oldest, *others = self.joining
+        wanted = min(oldest.num_left, max_tokens)
+        group, longest = [oldest], wanted
+        for sequence in sorted(others, key=lambda other: abs(min(other.num_left, max_tokens) - wanted)):
+            longest = max(longest, min(sequence.num_left, max_tokens))
+            if (len(group) + 1) * longest > max_tokens:
+                break
+            group.append(sequence)
+        return group
+
+    def start(self, sequences: list[Sequence]) -> None:
+        """Lets sequences run whose prompts are whole in the cache."""
+        self.joining = [sequence for sequence in self.joining if sequence not in sequences]
+        self.running += sequences
 
     def release(self) -> list[int]:
-        """Lets finished and cancelled sequences go, with their pages; returns the rows that stay."""
-        stay = []
-        for row, sequence in enumerate(self.running):
-            if sequence.finish_reason or sequence.is_cancelled:
+        """Lets finished and cancelled sequences go, with their pages; returns the running rows that stay."""
+        for sequence in (*self.joining, *self.running):
+            if sequence.is_over:
                 self.cache.give_back(sequence.pages)
-            else:
-                stay.append(row)
+        self.joining = [sequence for sequence in self.joining if not sequence.is_over]
+        stay = [row for row, sequence in enumerate(self.running) if not sequence.is_over]
         self.running = [self.running[row] for row in stay]
-        if not self.running and not self.waiting:
+        if not (self.running or self.joining or self.waiting):
             self.work.clear()
             if self.waiting:  # added between the check and the clear
                 self.work.set()

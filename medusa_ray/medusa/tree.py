@@ -101,9 +101,17 @@ class Tree:
         return max((max(path) + 1 for path in self.paths), default=0)
 
     @cached_property
-    def is_chain(self) -> bool:
-        """Whether node i is the parent of node i + 1: what is accepted then already lies in a row."""
-        return all(path == (0,) * (i + 1) for i, path in enumerate(self.paths))
+    def depths(self) -> list[int]:
+        """Depth of each node, on the host."""
+        return [0, *map(len, self.paths)]
+
+    @cached_property
+    def is_in_place(self) -> list[bool]:
+        """Whether the walk to a node already lies in a row, as all of a chain's do: then nothing need be moved."""
+        return [
+            walked[: depth + 1] == [*range(depth + 1)]
+            for walked, depth in zip(self.walk_ND.tolist(), self.depths, strict=True)
+        ]
 
     @cached_property
     def depth_N(self) -> Tensor:
@@ -139,9 +147,16 @@ class Tree:
             walk_ND[node, depth:] = node
         return walk_ND
 
+    def prefix(self, num_nodes: int) -> "Tree":
+        """The tree of the first nodes, the root counted, that takes its guesses from as many ranks as this one."""
+        smaller = Tree(self.paths[: num_nodes - 1])
+        smaller.__dict__["num_ranks"] = self.num_ranks
+        return smaller
+
     def to(self, device: str | torch.device) -> "Tree":
         """The same tree with its tables on a device."""
         moved = Tree(self.paths)
+        moved.__dict__["num_ranks"] = self.num_ranks
         for name in ("depth_N", "parent_N", "guess_N", "mask_NN", "walk_ND"):
             moved.__dict__[name] = getattr(self, name).to(device)
         return moved

@@ -1,0 +1,146 @@
+"""A base -> its tree pass compiled for this processor, kept on disk.
+
+torch exports the pass with free numbers of sequences, nodes and pages, and AOTInductor makes one package of it, with
+the weights inside in the layout that oneDNN multiplies fastest. A process of its own builds it, once for each base,
+dtype, number of threads and version, so that an engine can serve eagerly meanwhile. Loading takes a tenth of a
+second, and needs no compiler.
+
+# B sequences   N tree nodes   P pages
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.export import Dim
+from transformers.utils.hub import cached_file
+
+from medusa_ray.medusa import attention, backbone, cache, treepass
+from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
+from medusa_ray.medusa.treepass import TreePass
+
+Pass = Callable[..., tuple[Tensor, Tensor]]  # as TreePass.forward
+
+MAX_ROWS, MAX_NODES, MAX_PAGES = 4096, 4096, 2**16
+
+
+def why_not(device: str) -> str | None:
+    """Why no pass can be compiled here, or None."""
+    if device != "cpu":
+        return "passes are compiled ahead of time for CPUs only"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"there is no C++ compiler: {compiler} is not found"
+
+
+def load_or_build(base: str, dtype: str, revision: str | None = None) -> Pass:
+    """The compiled pass of a base for as many threads as torch now uses; builds it where it is not on disk yet.
+
+    Raises OSError when the base cannot be read, RuntimeError when building fails.
+    """
+    package = package_of(base, dtype, revision)
+    package.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{package}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two engines that start together, one builds
+        if not package.exists():
+            arguments = [base, dtype, str(package), str(torch.get_num_threads()), *filter(None, [revision])]
+            done = subprocess.run(
+                [sys.executable, "-m", __name__, *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+            if done.returncode:
+                tail = done.stderr.decode(errors="replace")[-2000:]
+                raise RuntimeError(f"the pass of {base} could not be compiled. Its last output:\n{tail}")
+    return torch._inductor.aoti_load_package(str(package), run_single_threaded=True)
+
+
+def package_of(base: str, dtype: str, revision: str | None) -> Path:
+    """Where the package of a base lies: its name tells apart all that the code in it depends on."""
+    config = cached_file(base, "config.json", revision=revision)
+    assert config is not None
+    digest = hashlib.sha256()
+    weights = sorted([*Path(config).parent.glob("*.safetensors"), *Path(config).parent.glob("*.bin")])
+    sources = [module.__file__ for module in (attention, backbone, cache, treepass)]
+    for file in (config, *weights, *sources, __file__):
+        assert file is not None
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    for fact in (dtype, torch.get_num_threads(), torch.__version__, transformers.__version__, processor):
+        digest.update(f"{fact}\n".encode())
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "medusa_ray" / f"{digest.hexdigest()[:32]}.pt2"
+
+
+def build(base: str, dtype: str, package: Path, revision: str | None = None) -> None:
+    """Compiles the pass of a base for as many threads as torch now uses. The package appears at once or not at all."""
+    tree_pass = TreePass(Backbone.load(base, getattr(torch, dtype), "cpu", revision))
+    arguments, shapes = example(tree_pass.backbone)
+    with tempfile.TemporaryDirectory(dir=package.parent) as folder:
+        # Only without gradients are weights constants, which oneDNN may lay out anew.
+        with torch.no_grad():
+            exported = torch.export.export(tree_pass, arguments, dynamic_shapes=shapes, strict=False)
+            built = torch._inductor.aoti_compile_and_package(
+                exported, package_path=f"{folder}/{package.name}", inductor_configs={"freezing": True}
+            )
+        os.rename(built, package)
+
+
+def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of a pass, and which of their dimensions are free.
+
+    Sixteen tokens: oneDNN chooses the layout of a weight by their number, and this one's suits a single token and a
+    long prompt as well.
+    """
+    num_rows, num_nodes, num_pages = 2, 8, 3
+    pool = PagedCache(of.num_layers, num_rows * num_pages, of.kv_heads, of.head_size, of.dtype, of.device)
+    table_BP = 1 + torch.arange(num_rows * num_pages).view(num_rows, num_pages)
+    node_N = torch.arange(num_nodes)
+    arguments = (
+        torch.zeros(num_rows, num_nodes, dtype=torch.long),
+        torch.full((num_rows,), PAGE_SIZE),
+        table_BP,
+        node_N,
+        node_N[:, None] >= node_N,
+        node_N.expand(num_rows, -1).contiguous(),
+        pool.keys,
+        pool.values,
+    )
+    rows, nodes = Dim("rows", min=1, max=MAX_ROWS), Dim("nodes", min=1, max=MAX_NODES)
+    wanted, pages = Dim("wanted", min=1, max=MAX_NODES), Dim("pages", min=1, max=MAX_PAGES)
+    slots = Dim("slots", min=PAGE_SIZE, max=MAX_PAGES * PAGE_SIZE)
+    pools = [{0: slots}] * of.num_layers
+    shapes = (
+        {0: rows, 1: nodes}, {0: rows}, {0: rows, 1: pages}, {0: nodes}, {0: nodes, 1: nodes},
+        {0: rows, 1: wanted}, pools, pools,
+    )  # fmt: skip
+    return arguments, shapes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the tree pass of a base.")
+    parser.add_argument("base")
+    parser.add_argument("dtype")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("revision", nargs="?")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    build(args.base, args.dtype, args.package, args.revision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Measured step times and acceptance -> how many nodes of a tree pay at the present load.
+
+A tree's paths are ordered best first, so every prefix of its nodes is a tree, and choosing a size is a slice. One
+sequence alone leaves a processor idle, and many nodes cost it little; thirty-two do not, and the best tree may be none.
+"""
+
+from bisect import bisect_left
+
+from medusa_ray.medusa.tree import Tree
+
+HYSTERESIS = 1.05  # another size must be so much better, or noise would make sizes flap
+MEMORY = 400  # row-steps over which acceptance is averaged
+PRIOR = 20  # row-steps that the first estimate counts for
+PROBE_EVERY = 128  # steps between two with the whole tree: what is never tried is never learnt
+
+StepTimes = dict[int, dict[int, float]]  # rows -> nodes -> seconds of a step
+
+
+class TreeSizer:
+    """Picks a size for each step, and learns from each what was accepted."""
+
+    def __init__(self, tree: Tree, times: StepTimes) -> None:
+        """times: of every size that may be picked, the root counted, at some numbers of rows."""
+        self.times, self.rows = times, sorted(times)
+        self.sizes = sorted(times[self.rows[0]])
+        self.size = self.sizes[-1]
+        self._walks = [
+            walked[: depth + 1] for walked, depth in zip(tree.walk_ND.tolist(), tree.depths, strict=True)
+        ]
+        # Of each node: how often the base agrees with all of its walk. To begin with, any guess but a first is poor.
+        self.chances = [1.0, *(0.5 ** (len(path) + sum(path)) for path in tree.paths)]
+        self._num_seen = [PRIOR] * len(tree)
+        self._num_steps = 0
+
+    def pick(self, num_rows: int) -> int:
+        """Nodes of the next step, the root counted."""
+        self._num_steps += 1
+        if self._num_steps % PROBE_EVERY == 0:
+            return self.sizes[-1]
+        rates = {size: self.tokens(size) / self.seconds(num_rows, size) for size in self.sizes}
+        best = max(self.sizes, key=rates.__getitem__)
+        if rates[best] > HYSTERESIS * rates[self.size]:
+            self.size = best
+        return self.size
+
+    def tokens(self, size: int) -> float:
+        """Tokens that a step of a sequence is expected to commit."""
+        return sum(self.chances[:size])
+
+    def seconds(self, num_rows: int, size: int) -> float:
+        """Time of a step, on the line between the numbers of rows that were measured."""
+        place = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
+        if len(self.rows) == 1:
+            return self.times[self.rows[0]][size]
+        low, high = self.rows[place - 1], self.rows[place]
+        share = (num_rows - low) / (high - low)
+        return (1 - share) * self.times[low][size] + share * self.times[high][size]
+
+    def learn(self, size: int, ends: list[int]) -> None:
+        """Takes in a step of `size` nodes whose rows ended their walks at these nodes."""
+        hits = [0] * size
+        for end in ends:
+            for node in self._walks[end]:
+                hits[node] += 1
+        for node in range(1, size):
+            self._num_seen[node] = min(self._num_seen[node] + len(ends), MEMORY)
+            weight = min(1.0, len(ends) / self._num_seen[node])
+            self.chances[node] += weight * (hits[node] / len(ends) - self.chances[node])

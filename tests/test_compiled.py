@@ -1,0 +1,100 @@
+"""The compiled pass: the same replies as the eager one's, built once, and done without where it cannot be had."""
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_heads import OracleHeads
+from test_engine import TREES, plain_replies, prompts  # noqa: F401  # fixtures
+
+from medusa_ray.medusa import compiled
+from medusa_ray.medusa.engine import Engine
+
+needs_compiler = pytest.mark.skipif(compiled.why_not("cpu") is not None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of compiled passes that lasts for this module."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield folder / "medusa_ray"
+        torch.set_num_threads(num_threads)
+
+
+def compiled_engine(base: Path, tree: str | None = None, **options) -> Engine:
+    heads = OracleHeads(32, 262) if tree else None
+    engine = Engine.load(str(base), max_total_tokens=256, **options)
+    engine = Engine(engine.backbone, heads, TREES.get(tree), max_total_tokens=256, **options)
+    engine.compile(str(base), "float32")
+    if heads:
+        heads.engine = engine
+    return engine
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
+@pytest.mark.parametrize("tree", [None, "chain", "tree"])
+def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replies, tree, batch_size):  # noqa: F811
+    """One package serves all numbers of rows, nodes and pages: a number that was compiled in would show here."""
+    engine = compiled_engine(tiny_base, tree, max_batch_size=batch_size)
+    assert engine.mode == "compiled"
+    if tree:
+        engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
+    assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
+
+
+@needs_compiler
+def test_sampled_replies_equal_the_eager_ones(cache, tiny_base, prompts):  # noqa: F811
+    settings = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": list(range(len(prompts)))}
+    eager = Engine.load(str(tiny_base), max_total_tokens=256).generate(prompts, **settings)
+    fast = compiled_engine(tiny_base, max_batch_size=5).generate(prompts, **settings)
+    assert [d.token_ids for d in fast] == [d.token_ids for d in eager]
+
+
+@needs_compiler
+def test_a_pass_is_built_once_and_again_for_other_weights(cache, tiny_base, tmp_path, monkeypatch):
+    """The weights are inside: a package found by the name of its folder alone would serve yesterday's."""
+    compiled_engine(tiny_base)
+    (package,) = cache.glob("*.pt2")
+    assert compiled.package_of(str(tiny_base), "float32", None) == package
+    monkeypatch.setattr(subprocess, "run", None)  # a second build would fail
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    assert compiled_engine(copy).mode == "compiled"
+
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    names = {compiled.package_of(str(copy), dtype, None) for dtype in ("float32", "bfloat16")}
+    assert package not in names
+    assert len(names) == 2
+
+
+def test_an_engine_without_a_compiler_runs_eagerly_and_says_so(cache, tiny_base, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(logging.getLogger("medusa_ray"), "propagate", True)
+    engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="wait")
+    assert engine.mode == "eager"
+    assert "runs eagerly: there is no C++ compiler" in caplog.text
+    assert len(engine.generate([[1, 5, 6]], 5)[0].token_ids) <= 5
+
+
+@needs_compiler
+def test_a_build_that_fails_leaves_the_engine_eager(tmp_path, tiny_base, monkeypatch, caplog):
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 1, stderr=b"no space left")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(logging.getLogger("medusa_ray"), "propagate", True)
+    engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="wait")
+    assert engine.mode == "eager"
+    assert "could not be compiled. Its last output:\nno space left" in caplog.text
+    assert list(tmp_path.rglob("*.pt2")) == []
