@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from medusa_ray import provenance
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
-from medusa_ray.medusa import attention
+from medusa_ray.medusa import reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Completion, Engine
 from medusa_ray.medusa.heads import HeadStack, MedusaHeads
+from medusa_ray.medusa.reference import own_attention
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.records import PROMPTS, REPLIES, check_columns
 
@@ -108,7 +109,8 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     )
     log.info("stage=evaluate parity=%d/%d", parity["token_exact"], parity["prompts"])
     timed = [row["prompt_ids"] for row in prompts[-settings.num_speed :]] if settings.num_speed else []
-    speed = compare_speed(baseline, medusa, timed, settings.max_new_tokens) if timed else None
+    adaptive = _engine(config, backbone, heads, tree, is_adaptive=True)  # as servers run it
+    speed = compare_speed(baseline, adaptive, timed, settings.max_new_tokens) if timed else None
 
     chat = Chat.load(config.model.base, config.model.revision)
     texts = [chat.text(reply.token_ids) for reply in replies]
@@ -198,34 +200,14 @@ def check_parity(
     A reply that parts from `generate` where its two best scores lie within NEAR_TIE of each other counts as equal up to
     there, and is reported as a near tie.
     """
-    reference = plain_generate(model, prompts, max_new_tokens)
+    replies = reference.generate(model, prompts, max_new_tokens, BATCH_SIZE)
     exact = near_ties = 0
-    for prompt, said, plain, expected in zip(prompts, medusa, baseline, reference, strict=True):
+    for prompt, said, plain, expected in zip(prompts, medusa, baseline, replies, strict=True):
         if said == plain == expected:
             exact += 1
         elif all(other == expected or is_near_tie(model, prompt, other, expected) for other in (said, plain)):
             near_ties += 1
     return {"prompts": len(prompts), "token_exact": exact, "near_ties": near_ties}
-
-
-def plain_generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy replies by transformers' own `generate`, with its own attention, in left-padded batches."""
-    replies: dict[int, list[int]] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with _own_attention(model):
-        for start in range(0, len(order), BATCH_SIZE):
-            batch = order[start : start + BATCH_SIZE]
-            longest = len(prompts[batch[-1]])
-            ids = torch.tensor(
-                [[0] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device
-            )
-            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            out = model.generate(
-                ids, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
-            )
-            for i, row in zip(batch, out[:, longest:].tolist(), strict=True):
-                replies[i] = _until_eos(row, model)
-    return [replies[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -235,7 +217,7 @@ def is_near_tie(model: PreTrainedModel, prompt: list[int], said: list[int], expe
     if same is None:
         return False
     ids = torch.tensor([prompt + expected[:same]], device=model.device)
-    with _own_attention(model):
+    with own_attention(model):
         best = model(ids).logits[0, -1].float().topk(2).values
     return bool(best[0] - best[1] < NEAR_TIE)
 
@@ -275,7 +257,7 @@ def compare_speed(
         order = list(arms) if i % 2 else list(reversed(arms))
         for name in order:
             measure(name, arms[name], prompt, i >= 2)
-        with _own_attention(model):
+        with own_attention(model):
             measure("transformers", plain, prompt, i >= 2)
     ratios = [b / m for b, m in zip(seconds["baseline"], seconds["medusa"], strict=True)]
     return {
@@ -285,19 +267,6 @@ def compare_speed(
         "mode": baseline.mode,
         "threads": torch.get_num_threads(),
     }
-
-
-class _own_attention:
-    """While it lasts, the model attends as transformers would have it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.set_attn_implementation("sdpa")
-
-    def __exit__(self, *_: object) -> None:
-        self.model.set_attn_implementation(attention.NAME)
 
 
 # -------------------------------------------------------------------------------------------------- inputs
@@ -317,17 +286,14 @@ def _prompts(config: RunConfig, split: str) -> list[dict[str, Any]]:
 
 
 def _engine(
-    config: RunConfig, backbone: Backbone, heads: MedusaHeads | None = None, tree: Tree | None = None
+    config: RunConfig,
+    backbone: Backbone,
+    heads: MedusaHeads | None = None,
+    tree: Tree | None = None,
+    is_adaptive: bool = False,
 ) -> Engine:
     longest = config.data.max_prompt_tokens + config.evaluate.max_new_tokens
-    engine = Engine(backbone, heads, tree, BATCH_SIZE, longest)
+    engine = Engine(backbone, heads, tree, BATCH_SIZE, longest, is_adaptive)
     if config.evaluate.compile:
         engine.compile(config.model.base, config.model.dtype, config.model.revision)
     return engine
-
-
-def _until_eos(tokens: list[int], model: PreTrainedModel) -> list[int]:
-    """The reply without the padding that `generate` puts behind it."""
-    eos = model.generation_config.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or [])
-    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)

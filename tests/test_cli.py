@@ -25,7 +25,7 @@ from medusa_ray.cli.cluster import check_writable
 from medusa_ray.config import UserError
 
 STAGES = ["data", "distill", "hidden", "train", "evaluate"]
-VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report"]
+VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile"]
 
 
 class Done(NamedTuple):

@@ -155,11 +155,11 @@ def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts
     engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
     # Each size in turn, whatever it costs.
     sizes = itertools.cycle(engine.trees)
-    engine._sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
-    engine._sizer.pick = lambda num_rows: next(sizes)
+    engine.sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
+    engine.sizer.pick = lambda num_rows: next(sizes)
     assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
     assert list(engine.trees) == [1, 2, 3, 5, 9]
-    assert engine._sizer.chances[1] != 0.5, "nothing was learnt"
+    assert engine.sizer.chances[1] != 0.5, "nothing was learnt"
 
 
 def test_step_times_cover_every_size_up_to_a_full_batch(tiny_base):

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "medusa_ray"
 
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
-STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "hub"}
+STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub"}
 FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
     MATHS: {f"medusa.{name}" for name in ["tree", "sizing", "acceptance", "sampling", "heads", "loss"]},
@@ -24,7 +24,7 @@ FLOORS = {
         "chat",
         "openai_api",
         *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "treepass", "compiled"]),
-        *(f"medusa.{name}" for name in ["scheduler", "engine"]),
+        *(f"medusa.{name}" for name in ["scheduler", "engine", "reference"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

@@ -196,6 +196,56 @@ def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="Output fol
     Console().print(stage.table(written))
 
 
+@app.command()
+def profile(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the base.", show_default=False)],
+    heads: Annotated[str | None, typer.Option(help="Folder of its heads.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts to answer, such as RUN/prompts/test; none measures steps only."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch sizes; 1, 8 and 32 by default.")
+    ] = None,
+    against_transformers: Annotated[
+        bool, typer.Option("--against-transformers", help="Measure transformers' generate too.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on a CPU.")] = 1,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
+    out: Annotated[Path | None, typer.Option(help="JSON file that takes all that was measured.")] = None,
+) -> None:
+    """Step cost by rows and tree nodes on this machine, the tree size it suggests, and speed beside transformers."""
+    from rich.table import Table
+
+    from medusa_ray import profile as stage
+
+    with step("profile"):
+        found = stage.run(
+            base,
+            heads,
+            prompts,
+            num_prompts,
+            tuple(batch or (1, 8, 32)),
+            against_transformers=against_transformers,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+        )
+    if out:
+        from medusa_ray import provenance
+
+        provenance.write_json(str(out), found)
+    console = Console() if Console().is_terminal else Console(width=160)
+    for headers, rows in stage.tables(found):
+        grid = Table(*headers)
+        for row in rows:
+            grid.add_row(*row)
+        console.print(grid)
+    print(f"mode {found['mode']}, {threads} thread(s), {dtype}")
+
+
 # ---------------------------------------------------------------------------------------------------- running
 
 

@@ -104,7 +104,7 @@ class Engine:
         _check_fit(backbone, heads, tree)
         self.backbone, self.heads = backbone, heads
         self.is_adaptive = is_adaptive
-        self._sizer: TreeSizer | None = None
+        self.sizer: TreeSizer | None = None
         sizes = tree_sizes(len(tree)) if is_adaptive else [len(tree)]
         self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
         self.tree = self.trees[len(tree)]
@@ -180,7 +180,7 @@ class Engine:
         if reason is None:
             try:
                 self._pass = compiled.load_or_build(base, dtype, revision)
-                self.mode, self._sizer = "compiled", None  # what was measured was the eager pass
+                self.mode, self.sizer = "compiled", None  # what was measured was the eager pass
                 return
             except (OSError, RuntimeError) as error:
                 reason = str(error)
@@ -217,9 +217,9 @@ class Engine:
         """As much of the tree as pays with the sequences that run."""
         if not self.is_adaptive:
             return self.tree
-        if self._sizer is None:
-            self._sizer = TreeSizer(self.tree, self.step_times())
-        return self.trees[self._sizer.pick(len(self.scheduler.running))]
+        if self.sizer is None:
+            self.sizer = TreeSizer(self.tree, self.step_times())
+        return self.trees[self.sizer.pick(len(self.scheduler.running))]
 
     def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token of each node, the base's own token after it, and the hidden states there. longest: cached tokens."""
@@ -263,8 +263,8 @@ class Engine:
                 sequence.hidden_parts.append(hidden_BNC[row, tree.walk_ND[node, : len(taken)]])
             self._count(sequence, len(tree), len(taken))
             deltas.append((sequence, _delta(sequence, taken)))
-        if self._sizer is not None:
-            self._sizer.learn(len(tree), [node for node, *_ in rows])
+        if self.sizer is not None:
+            self.sizer.learn(len(tree), [node for node, *_ in rows])
         return deltas
 
     def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:

@@ -37,11 +37,18 @@ class TreeSizer:
         self._num_steps += 1
         if self._num_steps % PROBE_EVERY == 0:
             return self.sizes[-1]
-        rates = {size: self.tokens(size) / self.seconds(num_rows, size) for size in self.sizes}
-        best = max(self.sizes, key=rates.__getitem__)
-        if rates[best] > HYSTERESIS * rates[self.size]:
+        best = self.best(num_rows)
+        if self.rate(num_rows, best) > HYSTERESIS * self.rate(num_rows, self.size):
             self.size = best
         return self.size
+
+    def best(self, num_rows: int) -> int:
+        """The size that gives most tokens per second."""
+        return max(self.sizes, key=lambda size: self.rate(num_rows, size))
+
+    def rate(self, num_rows: int, size: int) -> float:
+        """Tokens per second that a sequence is expected to get."""
+        return self.tokens(size) / self.seconds(num_rows, size)
 
     def tokens(self, size: int) -> float:
         """Tokens that a step of a sequence is expected to commit."""
