@@ -53,6 +53,7 @@ def run(
 
     engine = load(heads, "auto")
     times = engine.step_times()
+    sizer = engine.sizer = TreeSizer(engine.tree, times)
     found: dict[str, Any] = {
         "base": base,
         "heads": heads,
@@ -74,7 +75,6 @@ def run(
             for batch_size in batch_sizes
         }
         found["prompts"] = len(asked)
-    sizer = engine.sizer or TreeSizer(engine.tree, times)
     found["suggested_nodes"] = {rows: sizer.best(rows) - 1 for rows in times}
     found["acceptance"] = [round(chance, 3) for chance in sizer.chances[1:]]
     return found

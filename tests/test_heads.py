@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
+from medusa_ray.medusa.heads import WEIGHTS, HeadStack, MedusaHeads, PackedHeadStack
 
 C, V = 8, 20
 
@@ -47,20 +47,26 @@ def test_logits_are_residual_blocks_and_then_an_output_layer() -> None:
 @pytest.mark.parametrize("layout", ["own", "shared"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("num_states", [1, 5])
-def test_topk_ranks_the_logits_of_each_head(layout: str, num_layers: int, num_states: int) -> None:
-    """topk has matrices of its own, stacked for speed: they must say the same as the modules."""
+def test_stacked_heads_say_what_the_modules_say(layout: str, num_layers: int, num_states: int) -> None:
+    """They have matrices of their own, stacked or packed for speed."""
     heads, hidden_BC = random_heads(3, num_layers, layout), torch.randn(num_states, C)
-    guess_BHK = heads.stack().topk(hidden_BC, 4)
-    assert torch.equal(guess_BHK, heads(hidden_BC).topk(4).indices)
-    assert guess_BHK.shape == (num_states, 3, 4)
+    expected_BHV = heads(hidden_BC)
+    torch.testing.assert_close(HeadStack(heads).logits(hidden_BC), expected_BHV)
+    assert torch.equal(HeadStack(heads).topk(hidden_BC, 4), expected_BHV.topk(4).indices)
+    packed = heads.stack()
+    assert isinstance(packed, PackedHeadStack)
+    # bfloat16 has 8 bits: each factor is off by 0.2% on average, a wrong or missing term by as much as a logit.
+    error = (packed.logits(hidden_BC) - expected_BHV).abs().mean() / expected_BHV.std()
+    assert error < 0.02
+    assert packed.topk(hidden_BC, 4).shape == (num_states, 3, 4)
 
 
 def test_stacked_weights_are_held_once_and_follow_the_modules() -> None:
-    """A copy would double the memory, and go on guessing with the weights of yesterday."""
+    """A copy would double the memory of a GPU, and go on guessing with the weights of yesterday."""
     heads, hidden_BC = random_heads(), torch.randn(3, C)
-    stack = heads.stack()
+    stack = HeadStack(heads)
     storages = {head[0].linear.weight.untyped_storage().data_ptr() for head in heads}
-    assert storages == {stack.weight_0.untyped_storage().data_ptr()}
+    assert storages == {stack.weights_HCC[0].untyped_storage().data_ptr()}
     heads.load_state_dict({name: -tensor for name, tensor in heads.state_dict().items()})
     assert torch.equal(stack.topk(hidden_BC, 4), heads(hidden_BC).topk(4).indices)
     heads(hidden_BC).sum().backward()
