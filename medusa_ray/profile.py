@@ -16,7 +16,6 @@ from medusa_ray import parts, provenance
 from medusa_ray.config import UserError
 from medusa_ray.medusa import reference
 from medusa_ray.medusa.engine import Engine
-from medusa_ray.medusa.sizing import TreeSizer
 
 log = logging.getLogger("medusa_ray")
 
@@ -52,8 +51,8 @@ def run(
             raise UserError(f"{base} with the heads {heads} cannot be loaded: {error}") from error
 
     engine = load(heads, "auto")
-    times = engine.step_times()
-    sizer = engine.sizer = TreeSizer(engine.tree, times)
+    sizer = engine.measure()
+    times = sizer.times
     found: dict[str, Any] = {
         "base": base,
         "heads": heads,
@@ -71,7 +70,7 @@ def run(
             engines |= {f"tree of {n - 1}": load(heads, engine.tree.paths[: n - 1]) for n in sizes}
             engines["adaptive"] = engine
         found["replies"] = {
-            batch_size: compare(_arms(engines, batch_size, max_new_tokens, against_transformers), asked)
+            batch_size: compare(arms_of(engines, batch_size, max_new_tokens, against_transformers), asked)
             for batch_size in batch_sizes
         }
         found["prompts"] = len(asked)
@@ -102,9 +101,11 @@ def compare(arms: dict[str, Arm], prompts: list[list[int]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def _arms(
+def arms_of(
     engines: dict[str, Engine], batch_size: int, max_new_tokens: int, against_transformers: bool
 ) -> dict[str, Arm]:
+    """What `compare` takes: each engine at a batch size, and `generate` of the one named "plain, eager"."""
+
     def of(engine: Engine) -> Arm:
         def reply(prompts: list[list[int]]) -> list[list[int]]:
             engine.scheduler.max_batch_size = batch_size

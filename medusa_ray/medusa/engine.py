@@ -9,7 +9,9 @@ The baseline is the same loop with an empty tree. Greedy and seeded replies are 
 """
 
 import asyncio
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -217,9 +219,8 @@ class Engine:
         """As much of the tree as pays with the sequences that run."""
         if not self.is_adaptive:
             return self.tree
-        if self.sizer is None:
-            self.sizer = TreeSizer(self.tree, self.step_times())
-        return self.trees[self.sizer.pick(len(self.scheduler.running))]
+        sizer = self.sizer or self.measure()
+        return self.trees[sizer.pick(len(self.scheduler.running))]
 
     def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token of each node, the base's own token after it, and the hidden states there. longest: cached tokens."""
@@ -360,30 +361,31 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- cost
 
+    def measure(self) -> TreeSizer:
+        """Measures what steps cost now, and forgets what was known of them and of acceptance."""
+        self.sizer = TreeSizer(self.tree, self.step_times())
+        return self.sizer
+
     @torch.inference_mode()
     def step_times(self, context: int = 128, repeats: int = 3) -> StepTimes:
         """Seconds of a greedy step by rows and nodes, with so many cached tokens a row; the best of the repeats.
 
         The rows are nobody's: their pages are the null page.
         """
-        device, width = self.backbone.device, PagedCache.pages_for(context + len(self.tree))
-        times: StepTimes = {}
-        for num_rows in doublings(self.scheduler.max_batch_size):
-            token_B = torch.zeros(num_rows, dtype=torch.long, device=device)
-            batch = Batch(
-                root_B=token_B,
-                hidden_BC=torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=device),
-                length_B=token_B + context,
-                table_BP=self.cache.page_table([[]] * num_rows, width),
-                sampling=Sampling.of(
-                    [0.0] * num_rows, [1.0] * num_rows, [0] * num_rows, [0] * num_rows, device
-                ),
-            )
-            times[num_rows] = {
-                size: min(self._time(batch, tree, context) for _ in range(repeats + 1))
-                for size, tree in self.trees.items()
-            }
+        batches = {rows: self._dummy(rows, context) for rows in doublings(self.scheduler.max_batch_size)}
+        times: StepTimes = {rows: dict.fromkeys(self.trees, math.inf) for rows in batches}
+        # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
+        for rows, size in [*itertools.product(batches, self.trees)] * (repeats + 1):
+            times[rows][size] = min(times[rows][size], self._time(batches[rows], self.trees[size], context))
         return times
+
+    def _dummy(self, num_rows: int, context: int) -> Batch:
+        token_B = torch.zeros(num_rows, dtype=torch.long, device=self.backbone.device)
+        hidden_BC = torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=token_B.device)
+        width = PagedCache.pages_for(context + len(self.tree))
+        table_BP = self.cache.page_table([[]] * num_rows, width)
+        sampling = _sampling([Sequence(Request([0]), frozenset())] * num_rows, token_B.device)
+        return Batch(token_B, hidden_BC, token_B + context, table_BP, sampling)
 
     def _time(self, batch: Batch, tree: Tree, context: int) -> float:
         started = time.perf_counter()
