@@ -19,7 +19,10 @@ PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub"}
 FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
-    MATHS: {f"medusa.{name}" for name in ["tree", "sizing", "acceptance", "sampling", "heads", "loss"]},
+    MATHS: {
+        f"medusa.{name}"
+        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss"]
+    },
     MODEL: {
         "chat",
         "openai_api",
