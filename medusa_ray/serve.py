@@ -123,11 +123,11 @@ class Server:
         engine_request = Request(
             prompt_ids,
             openai_api.num_new_tokens(request, len(prompt_ids), self.engine.max_total_tokens),
-            openai_api.TEMPERATURE if request.temperature is None else request.temperature,
-            1.0 if request.top_p is None else request.top_p,
-            max(request.top_k or 0, 0),
-            request.seed,
             ignore_eos=bool(request.ignore_eos),
+            temperature=openai_api.TEMPERATURE if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=max(request.top_k or 0, 0),
+            seed=request.seed,
         )
         try:
             self.engine.check(engine_request)

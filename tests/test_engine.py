@@ -131,7 +131,9 @@ def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_
     ]
     plain = engine_of(tiny_base)
     alone = [
-        plain.generate([r.prompt_ids], r.max_new_tokens, r.temperature, r.top_p, seed=r.seed)[0].token_ids
+        plain.generate(
+            [r.prompt_ids], r.max_new_tokens, temperature=r.temperature, top_p=r.top_p, seed=r.seed
+        )[0].token_ids
         for r in requests
     ]
     engine = engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_ray.medusa import compiled
-from medusa_ray.medusa.acceptance import walk
+from medusa_ray.medusa.acceptance import Logprob, Verdict, decide, unpack
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, slots
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.sampling import Sampling, choose
+from medusa_ray.medusa.processors import History, allowed_masks
+from medusa_ray.medusa.sampling import Sampling, Settings
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer
 from medusa_ray.medusa.tree import RankPath, Tree
@@ -49,6 +50,7 @@ class Delta:
     num_steps: int  # so far, the prefill left out
     accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
     num_guesses: int = 0  # so far
+    logprobs: list[Logprob] | None = None  # of each token, when asked for
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Completion:
     num_steps: int
     accepted_histogram: list[int]
     hidden_TC: Tensor | None  # the state that produced each token, when captured
+    logprobs: list[Logprob] | None = None  # of each token, when asked for
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Batch:
     length_B: Tensor  # tokens in the cache; the root's position
     table_BP: Tensor
     sampling: Sampling
+    history: History | None  # when the sampling is penalised
 
 
 class Engine:
@@ -109,7 +113,7 @@ class Engine:
         self.sizer: TreeSizer | None = None
         sizes = tree_sizes(len(tree)) if is_adaptive else [len(tree)]
         self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
-        self.tree = self.trees[len(tree)]
+        self.tree, self._root_only = self.trees[len(tree)], Tree().to(backbone.device)
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
         self.cache = PagedCache(
@@ -210,8 +214,8 @@ class Engine:
             return []
         batch, tree = self._batch, self._pick_tree()
         longest = max(sequence.num_cached for sequence in self.scheduler.running)
-        token_BN, target_BN, hidden_BNC = self._try(batch, tree, longest)
-        deltas = self._commit(batch, tree, token_BN, target_BN, hidden_BNC)
+        verdict, hidden_BNC = self._try(batch, tree, longest)
+        deltas = self._commit(batch, tree, verdict, hidden_BNC)
         self._drop(self.scheduler.release())
         return deltas
 
@@ -222,16 +226,34 @@ class Engine:
         sizer = self.sizer or self.measure()
         return self.trees[sizer.pick(len(self.scheduler.running))]
 
-    def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token of each node, the base's own token after it, and the hidden states there. longest: cached tokens."""
+    def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Verdict, Tensor]:
+        """What the base commits, and the hidden states at all nodes. longest: cached tokens."""
         token_BN = self._propose(batch, tree)
+        allowed_BNV = self._allowed(self.scheduler.running, batch.sampling, token_BN, tree)
         every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
         table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
         logits_BNV, hidden_BNC = self._run(
             token_BN, batch.length_B, table_BP, tree.depth_N, tree.mask_NN, every_BN
         )
-        target_BN = choose(logits_BNV, batch.length_B[:, None] + tree.depth_N + 1, batch.sampling)
-        return token_BN, target_BN, hidden_BNC
+        position_BN = batch.length_B[:, None] + tree.depth_N + 1
+        verdict = decide(logits_BNV, token_BN, position_BN, tree, batch.sampling, batch.history, allowed_BNV)
+        return verdict, hidden_BNC
+
+    def _allowed(
+        self, sequences: list[Sequence], sampling: Sampling, token_BN: Tensor, tree: Tree
+    ) -> Tensor | None:
+        """Masks of the tokens that may follow each node, when some request has a grammar, which needs the host."""
+        if not sampling.is_masked:
+            return None
+        masks_BNV = allowed_masks(
+            [sequence.request.allowed_tokens for sequence in sequences],
+            [sequence.token_ids for sequence in sequences],
+            [sequence.end_ids for sequence in sequences],
+            token_BN.tolist(),
+            tree,
+            self.vocab_size,
+        )
+        return masks_BNV.to(token_BN.device)
 
     def _run(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and hidden states of one pass; arguments as TreePass.forward takes them."""
@@ -246,24 +268,27 @@ class Engine:
         return torch.cat([batch.root_B[:, None], guess_BHK.flatten(1)], 1)[:, tree.guess_N]
 
     def _commit(
-        self, batch: Batch, tree: Tree, token_BN: Tensor, target_BN: Tensor, hidden_BNC: Tensor
+        self, batch: Batch, tree: Tree, verdict: Verdict, hidden_BNC: Tensor
     ) -> list[tuple[Sequence, Delta]]:
         """Takes the agreed tokens into each sequence and its keys and values into their place."""
-        node_B, committed_BD = walk(token_BN, target_BN, tree)
-        rows = torch.cat([node_B[:, None], committed_BD], 1).tolist()  # the one sync of this step
+        node_B, committed_BD = verdict.node_B, verdict.committed_BD
+        rows = [unpack(row, tree.depth + 1) for row in verdict.pack().tolist()]  # the one sync of this step
         if not all(tree.is_in_place[node] for node, *_ in rows):
             self._compact(batch, tree, node_B)
         depth_B = tree.depth_N[node_B]
         batch.length_B = batch.length_B + depth_B + 1
         batch.root_B = committed_BD.gather(1, depth_B[:, None])[:, 0]
         batch.hidden_BC = hidden_BNC[self._node_N[: len(rows)], node_B]
+        if batch.history is not None:
+            batch.history.add(committed_BD, depth_B + 1)
         deltas = []
-        for row, (sequence, (node, *committed)) in enumerate(zip(self.scheduler.running, rows, strict=True)):
+        for row, (node, committed, logprobs) in enumerate(rows):
+            sequence = self.scheduler.running[row]
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
                 sequence.hidden_parts.append(hidden_BNC[row, tree.walk_ND[node, : len(taken)]])
             self._count(sequence, len(tree), len(taken))
-            deltas.append((sequence, _delta(sequence, taken)))
+            deltas.append((sequence, _delta(sequence, taken, logprobs)))
         if self.sizer is not None:
             self.sizer.learn(len(tree), [node for node, *_ in rows])
         return deltas
@@ -309,14 +334,21 @@ class Engine:
             return []
         device = self.backbone.device
         length_B = torch.tensor([sequence.num_prefilled for sequence in group], device=device)
-        root_B = choose(logits_B1V, length_B[:, None], _sampling(group, device))[:, 0]
+        last_B1 = torch.tensor([sequence.request.prompt_ids[-1:] for sequence in group], device=device)
+        sampling, history = self._sampling(group)
+        allowed_B1V = self._allowed(group, sampling, last_B1, self._root_only)
+        verdict = decide(
+            logits_B1V, last_B1, length_B[:, None], self._root_only, sampling, history, allowed_B1V
+        )
         deltas = []
-        for row, (sequence, root) in enumerate(zip(group, root_B.tolist(), strict=True)):
-            taken = sequence.extend([root])
+        for row, (sequence, packed) in enumerate(zip(group, verdict.pack().tolist(), strict=True)):
+            _, root, logprobs = unpack(packed, 1)
+            taken = sequence.extend(root)
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(hidden_BC[row : row + 1])
-            self.counters.num_generated_tokens += 1
-            deltas.append((sequence, _delta(sequence, taken)))
+                sequence.hidden_parts.append(hidden_BC[row : row + len(taken)])
+            self.counters.num_generated_tokens += len(taken)
+            deltas.append((sequence, _delta(sequence, taken, logprobs)))
+        root_B = verdict.committed_BD[:, 0]
         self.scheduler.start(group)
         if self._batch is not None:
             root_B = torch.cat([self._batch.root_B, root_B])
@@ -339,11 +371,20 @@ class Engine:
         if sequences := self.scheduler.running:
             width = max(len(sequence.pages) for sequence in sequences)
             table_BP = self.cache.page_table([sequence.pages for sequence in sequences], width)
-            sampling = _sampling(sequences, self.backbone.device)
-            self._batch = Batch(root_B, hidden_BC, length_B, table_BP, sampling)
+            self._batch = Batch(root_B, hidden_BC, length_B, table_BP, *self._sampling(sequences))
+
+    def _sampling(self, sequences: list[Sequence]) -> tuple[Sampling, History | None]:
+        """Settings of the rows, and the tokens that the penalised ones have seen."""
+        requests, device = [sequence.request for sequence in sequences], self.backbone.device
+        sampling = Sampling.of(requests, [sequence.seed for sequence in sequences], self.vocab_size, device)
+        if sampling.penalties is None:
+            return sampling, None
+        prompts = [r.prompt_ids if r.is_penalised else [] for r in requests]
+        replies = [s.token_ids if s.request.is_penalised else [] for s in sequences]
+        return sampling, History.of(prompts, replies, self.vocab_size, device)
 
     def _count(self, sequence: Sequence, num_nodes: int, num_taken: int) -> None:
-        accepted = num_taken - 1
+        accepted = max(num_taken - 1, 0)  # none is taken where nothing was allowed to follow
         histogram = sequence.accepted_histogram
         histogram += [0] * (accepted + 1 - len(histogram))
         histogram[accepted] += 1
@@ -384,31 +425,26 @@ class Engine:
         hidden_BC = torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=token_B.device)
         width = PagedCache.pages_for(context + len(self.tree))
         table_BP = self.cache.page_table([[]] * num_rows, width)
-        sampling = _sampling([Sequence(Request([0]), frozenset())] * num_rows, token_B.device)
-        return Batch(token_B, hidden_BC, token_B + context, table_BP, sampling)
+        sampling = Sampling.of([Settings()] * num_rows, [0] * num_rows, self.vocab_size, token_B.device)
+        return Batch(token_B, hidden_BC, token_B + context, table_BP, sampling, None)
 
     def _time(self, batch: Batch, tree: Tree, context: int) -> float:
         started = time.perf_counter()
-        token_BN, target_BN, _ = self._try(batch, tree, context)
-        walk(token_BN, target_BN, tree)[0].tolist()
+        verdict, _ = self._try(batch, tree, context)
+        verdict.pack().tolist()
         return time.perf_counter() - started
 
     # ------------------------------------------------------------------------------------------- requests
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the request can never be served."""
+        request.check(self.vocab_size)
         length, limit = len(request.prompt_ids), self.max_total_tokens
-        if not length:
-            raise ValueError("the prompt has no tokens; send at least one.")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {request.max_new_tokens}; expected at least 1.")
         if length + request.max_new_tokens > limit:
             raise ValueError(
                 f"the prompt has {length} tokens and {request.max_new_tokens} new ones are asked for, together "
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
-        if max(request.prompt_ids) >= self.backbone.vocab_size or min(request.prompt_ids) < 0:
-            raise ValueError(f"the prompt has token ids outside 0 ... {self.backbone.vocab_size - 1}.")
 
     def add(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError when it can never be served, RuntimeError when the engine has failed."""
@@ -423,20 +459,18 @@ class Engine:
         self,
         prompts: Rows[list[int]],
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        *,
         seed: int | Rows[int] | None = None,
-        ignore_eos: bool = False,
-        capture_hidden: bool = False,
+        **settings: Any,
     ) -> list[Completion]:
-        """Continues every prompt, in one continuous batch; `seed` is for all prompts or one for each.
+        """Continues every prompt, in one continuous batch.
 
-        Raises ValueError when a prompt can never be served.
+        seed: for all prompts, or one for each. settings: other fields of Request, for all prompts. Raises ValueError
+        when a prompt can never be served.
         """
         seeds = [seed] * len(prompts) if isinstance(seed, int) or seed is None else list(seed)
         requests = [
-            Request(prompt, max_new_tokens, temperature, top_p, top_k, s, (), ignore_eos, capture_hidden)
+            Request(prompt, max_new_tokens, seed=s, **settings)
             for prompt, s in zip(prompts, seeds, strict=True)
         ]
         for request in requests:
@@ -573,27 +607,32 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
     return Tree.load(file) if file is not None and file.exists() else None
 
 
-def _sampling(sequences: list[Sequence], device: torch.device) -> Sampling:
-    requests = [sequence.request for sequence in sequences]
-    return Sampling.of(
-        [r.temperature for r in requests],
-        [r.top_p for r in requests],
-        [r.top_k for r in requests],
-        [sequence.seed for sequence in sequences],
-        device,
+def _delta(sequence: Sequence, taken: list[int], logprobs: list[Logprob] | None) -> Delta:
+    """What a step added. logprobs: those of the row, there when any request of the batch wants some."""
+    kept, num_top = None, sequence.request.logprobs
+    if num_top is not None and logprobs is not None:
+        kept = [replace(entry, top=entry.top[:num_top]) for entry in logprobs[: len(taken)]]
+        sequence.logprobs += kept
+    return Delta(
+        taken,
+        sequence.finish_reason,
+        sequence.num_steps,
+        list(sequence.accepted_histogram),
+        sequence.num_guesses,
+        kept,
     )
-
-
-def _delta(sequence: Sequence, taken: list[int]) -> Delta:
-    histogram = list(sequence.accepted_histogram)
-    return Delta(taken, sequence.finish_reason, sequence.num_steps, histogram, sequence.num_guesses)
 
 
 def _completion(sequence: Sequence) -> Completion:
     hidden_TC = torch.cat(sequence.hidden_parts) if sequence.hidden_parts else None
     assert sequence.finish_reason is not None
     return Completion(
-        sequence.token_ids, sequence.finish_reason, sequence.num_steps, sequence.accepted_histogram, hidden_TC
+        sequence.token_ids,
+        sequence.finish_reason,
+        sequence.num_steps,
+        sequence.accepted_histogram,
+        hidden_TC,
+        None if sequence.request.logprobs is None else sequence.logprobs,
     )
 
 

@@ -11,22 +11,31 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.cache import PagedCache
+from medusa_ray.medusa.sampling import Settings
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a caller wants continued, and how."""
+class Request(Settings):
+    """What a caller wants continued, and how; the fields of Settings are given by name."""
 
     prompt_ids: list[int]
     max_new_tokens: int = 64
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps everything
-    seed: int | None = None  # None draws one
     stop_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     ignore_eos: bool = False
     capture_hidden: bool = False
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError for what is out of its range, which may be the vocabulary's."""
+        if not self.prompt_ids:
+            raise ValueError("the prompt has no tokens; send at least one.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
+        for what, ids in (("the prompt has", self.prompt_ids), ("stop_ids have", self.stop_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise ValueError(f"{what} token ids outside 0 ... {vocab_size - 1}.")
+        super().check(vocab_size)
 
 
 @dataclass(eq=False)
@@ -39,6 +48,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_prefilled: int = 0  # tokens of the prompt that are in the cache
+    logprobs: list[Logprob] = field(default_factory=list)
     num_steps: int = 0
     num_guesses: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
@@ -63,14 +73,23 @@ class Sequence:
         """Tokens whose keys and values are in the cache: all but the root."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the reply."""
+        stop_ids = frozenset(self.request.stop_ids)
+        return stop_ids if self.request.ignore_eos else stop_ids | self.eos_ids
+
     def extend(self, committed: list[int]) -> list[int]:
-        """Takes in the tokens of a walk up to the one that ends the reply; returns those taken."""
+        """Takes in the tokens of a walk up to the one that ends the reply; returns those taken.
+
+        A token of -1 ends it too, where allowed_tokens let nothing follow, and is not taken.
+        """
         room = self.request.max_new_tokens - len(self.token_ids)
         taken = committed[:room]
-        ends = () if self.request.ignore_eos else self.eos_ids
+        end_ids = self.end_ids
         for i, token in enumerate(taken):
-            if token in ends or token in self.request.stop_ids:
-                taken, self.finish_reason = taken[: i + 1], "stop"
+            if token in end_ids or token < 0:
+                taken, self.finish_reason = taken[: i + (token >= 0)], "stop"
                 break
         else:
             if len(taken) == room:
