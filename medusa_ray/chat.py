@@ -102,6 +102,10 @@ class Detokenizer:
         self._shown += text
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """Text of one token by itself; U+FFFD where it is part of a character."""
+        return str(self._tokenizer.decode([token_id]))
+
     def finish(self) -> str:
         """What is still held back when the reply ends inside a character."""
         whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))

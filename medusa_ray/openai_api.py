@@ -4,15 +4,19 @@ Nothing is silently ignored: a field that would change the answer and is not sup
 holds the value at which it changes nothing. Each engine step is one stream event, all its tokens in it.
 """
 
+import dataclasses
+import itertools
 import json
 import time
 import uuid
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from medusa_ray.chat import Detokenizer, Message
+from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.engine import Delta
+from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
@@ -35,17 +39,10 @@ HARMLESS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 
 
@@ -100,7 +97,14 @@ class GenerationRequest(Incoming):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)  # vLLM's extension: 0 and -1 keep every token
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)  # vLLM's extension: 0 and -1 keep every token
+    min_p: float | None = Field(None, ge=0, le=1)  # vLLM's extension
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # vLLM's extension, after transformers
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    # Ours. Typical acceptance changes the distribution of the replies, and no seed brings them back.
+    acceptance: Literal["exact", "typical"] | None = None
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: list[str] = Field([], max_length=MAX_STOP_STRINGS)
@@ -123,11 +127,37 @@ class GenerationRequest(Incoming):
                 )
         return stop
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to tell of beside each token; None when no log-probabilities are wanted."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the engine's Settings hold; a field left out has the engine's default, but for the temperature."""
+        names = set(GenerationRequest.model_fields) & {field.name for field in dataclasses.fields(Settings)}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given["top_k"] = max(given.get("top_k", 0), 0)
+        return {"temperature": TEMPERATURE, "logprobs": self.num_logprobs, **given}
+
 
 class ChatRequest(GenerationRequest):
     kind: ClassVar = "chat"
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _alternatives_come_with_logprobs(cls, top_logprobs: int | None, info: ValidationInfo) -> int | None:
+        if top_logprobs and not info.data.get("logprobs"):
+            raise ValueError("it needs logprobs: true")
+        return top_logprobs
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def chat(self) -> list[Message]:
@@ -143,6 +173,11 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     kind: ClassVar = "completion"
     prompt: str | list[int]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -249,6 +284,7 @@ class Reply:
         self._detokenizer = detokenizer
         self._stop = stop
         self._held = ""
+        self._logprobs: list[Logprob] = []  # of the tokens that count, until they are taken
 
     def push(self, delta: Delta) -> str:
         """The text that this step allows to be shown, often less than it generated, at its end all."""
@@ -256,12 +292,16 @@ class Reply:
         self._num_guesses = delta.num_guesses
         if not self._stop:
             self.num_tokens += len(delta.token_ids)
+            self._logprobs += delta.logprobs or []
             self.finish_reason = delta.finish_reason
             text = self._detokenizer.push(delta.token_ids)
             return text + self._detokenizer.finish() if delta.finish_reason else text
         shown = ""
-        for token in delta.token_ids:  # one by one: the one that completes a stop string is the last to count
+        for i, token in enumerate(
+            delta.token_ids
+        ):  # the one that completes a stop string is the last to count
             self.num_tokens += 1
+            self._logprobs += (delta.logprobs or [])[i : i + 1]
             shown += self._before_stop(self._detokenizer.push([token]))
             if self.finish_reason:
                 return shown
@@ -282,6 +322,12 @@ class Reply:
         num_held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
+
+    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
+        """Text, log-probability and alternatives of each token since the last call."""
+        text = self._detokenizer.token_text
+        taken, self._logprobs = self._logprobs, []
+        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in taken]
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage: tokens, and how many guesses of the heads were right and wrong."""
@@ -335,6 +381,8 @@ class Envelope:
         self._include_usage = bool(options.include_usage)
         self._continuous_usage = bool(options.continuous_usage_stats)
         self._is_first = True
+        self._has_logprobs = request.num_logprobs is not None
+        self._num_characters = 0  # of the tokens whose logprobs were sent
         self._base = {
             "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if self._is_chat else "text_completion",
@@ -345,7 +393,8 @@ class Envelope:
     def body(self, text: str, reply: Reply) -> dict[str, Any]:
         """The response to a request without streaming."""
         content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reply.finish_reason}
+        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
+        choice = {"index": 0, **content, **end}
         return {**self._base, "choices": [choice], "usage": reply.usage(), "metrics": reply.metrics()}
 
     def events(self, text: str, reply: Reply) -> str:
@@ -353,18 +402,39 @@ class Envelope:
         ended = reply.finish_reason is not None
         if not text and not ended:
             return ""
-        written = self._event([self._choice(text, reply.finish_reason)], reply, self._continuous_usage)
+        written = self._event([self._choice(text, reply)], reply, self._continuous_usage)
         if ended and self._include_usage:
             written += self._event([], reply, True, metrics=reply.metrics())
         return written + "data: [DONE]\n\n" if ended else written
 
-    def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def _choice(self, text: str, reply: Reply) -> dict[str, Any]:
+        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
         if not self._is_chat:
-            return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+            return {"index": 0, "text": text, **end}
         # Only the first delta has the role: OpenAI's client concatenates what it gets.
         delta = {"role": "assistant", "content": text} if self._is_first else {"content": text}
         self._is_first = False
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": 0, "delta": delta, **end}
+
+    def _logprobs(self, reply: Reply) -> dict[str, Any] | None:
+        """Those not yet sent. A token that shows no text yet has them in the next event, so tokens may run ahead."""
+        if not self._has_logprobs:
+            return None
+        entries = reply.take_logprobs()
+        if self._is_chat:
+            content = [
+                {**_named(text, value), "top_logprobs": [_named(*pair) for pair in top]}
+                for text, value, top in entries
+            ]
+            return {"content": content, "refusal": None}
+        ends = list(itertools.accumulate((len(text) for text, *_ in entries), initial=self._num_characters))
+        self._num_characters = ends.pop()
+        return {
+            "tokens": [text for text, *_ in entries],
+            "token_logprobs": [value for _, value, _ in entries],
+            "top_logprobs": [_likeliest([*top, (text, value)]) for text, value, top in entries],
+            "text_offset": ends,
+        }
 
     def _event(self, choices: list[dict[str, Any]], reply: Reply, with_usage: bool, **more: Any) -> str:
         chunk: dict[str, Any] = {**self._base, "choices": choices, **more}
@@ -373,6 +443,19 @@ class Envelope:
         if self._include_usage or with_usage:
             chunk["usage"] = reply.usage() if with_usage else None
         return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+
+
+def _named(text: str, logprob: float) -> dict[str, Any]:
+    """A token as chats have it. Part of a character has no text of its own, and so no bytes are known."""
+    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _likeliest(alternatives: list[tuple[str, float]]) -> dict[str, float]:
+    """By text, as text completions have it; of tokens with one text, such as parts of a character, the first."""
+    named: dict[str, float] = {}
+    for text, logprob in alternatives:
+        named.setdefault(text, logprob)
+    return named
 
 
 def error_events(error: ApiError) -> str:

@@ -124,10 +124,7 @@ class Server:
             prompt_ids,
             openai_api.num_new_tokens(request, len(prompt_ids), self.engine.max_total_tokens),
             ignore_eos=bool(request.ignore_eos),
-            temperature=openai_api.TEMPERATURE if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=max(request.top_k or 0, 0),
-            seed=request.seed,
+            **request.settings,
         )
         try:
             self.engine.check(engine_request)

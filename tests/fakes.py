@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.engine import Counters, Delta
 from medusa_ray.medusa.scheduler import Request
 
@@ -24,8 +25,7 @@ class ScriptedEngine:
         self.steps_before_gate = len(steps) + 1
 
     def check(self, request: Request) -> None:
-        if max(request.prompt_ids) >= 262:
-            raise ValueError("the prompt has token ids outside 0 ... 261.")
+        request.check(vocab_size=262)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         self.requests.append(request)
@@ -42,6 +42,10 @@ class ScriptedEngine:
                     histogram += [0] * (len(step) - len(histogram))
                     histogram[len(step) - 1] += 1
                 is_done = i == len(self.steps) - 1
-                yield Delta(step, self.finish_reason if is_done else None, i, list(histogram), i * self.num_nodes)
+                logprobs = None
+                if (num_top := request.logprobs) is not None:
+                    logprobs = [Logprob(t, -0.5, [(t, -0.5), (6, -2.5)][:num_top]) for t in step]
+                reason, guesses = self.finish_reason if is_done else None, i * self.num_nodes
+                yield Delta(step, reason, i, list(histogram), guesses, logprobs)
         finally:
             self.num_cancelled += not is_done

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fake_heads import OracleHeads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medusa_ray import openai_api
 from medusa_ray.chat import Chat
-from medusa_ray.medusa.engine import Delta
+from medusa_ray.medusa.acceptance import Logprob
+from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.engine import Delta, Engine
+from medusa_ray.medusa.scheduler import Request
+from medusa_ray.medusa.tree import Tree
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope, Reply
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -31,6 +37,9 @@ class Characters:
 
     def finish(self) -> str:
         return "\ufffd" if self.half else ""
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id) if token_id else "\ufffd"
 
 
 def refusal(kind: Any, **fields: Any) -> ApiError:
@@ -93,6 +102,8 @@ def test_fields_that_change_nothing_are_accepted() -> None:
         "user": "me",
         "metadata": {"a": "b"},
         "logprobs": False,
+        "top_logprobs": 0,
+        "min_p": 0,
         "presence_penalty": 0,
         "frequency_penalty": 0.0,
         "tools": [],
@@ -110,14 +121,8 @@ def test_fields_that_change_nothing_are_accepted() -> None:
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 100}),
-        ("logprobs", True),
-        ("logprobs", 0),  # in text completions it asks for the log-probability of the token itself
-        ("top_logprobs", 3),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("min_p", 0.1),
+        ("best_of", 2),
+        ("echo", True),
         ("guided_regex", "a+"),
         ("no_such_field", 1),
     ],
@@ -150,6 +155,18 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(field: str, val
         ("top_p", 0, "top_p is 0: Input should be greater than 0"),
         ("top_p", 1.5, "less than or equal to 1"),
         ("top_k", -2, "top_k is -2"),
+        ("top_k", 2**31, "top_k is 2147483648"),
+        ("min_p", 1.5, "min_p is 1.5: Input should be less than or equal to 1"),
+        ("presence_penalty", 2.5, "presence_penalty is 2.5: Input should be less than or equal to 2"),
+        ("frequency_penalty", -3, "frequency_penalty is -3"),
+        ("repetition_penalty", 0, "repetition_penalty is 0"),
+        ("logit_bias", {"5": 101}, "logit_bias.5 is 101"),
+        ("logit_bias", {"five": 1}, "logit_bias.five"),
+        ("logit_bias", [5], "logit_bias is [5]"),
+        ("logprobs", 3, "logprobs is 3: Input should be a valid boolean"),
+        ("top_logprobs", 3, "top_logprobs is 3: Value error, it needs logprobs: true"),
+        ("top_logprobs", 21, "top_logprobs is 21"),
+        ("acceptance", "fast", "acceptance is 'fast'"),
         ("max_tokens", 0, "max_tokens is 0: Input should be greater than or equal to 1"),
         ("max_completion_tokens", -1, "max_completion_tokens is -1"),
         ("seed", 2**64, "seed is 18446744073709551616"),
@@ -408,3 +425,105 @@ def test_a_stream_that_ends_without_text_still_says_why() -> None:
         "logprobs": None,
         "finish_reason": "stop",
     }
+
+
+# ------------------------------------------------------------------------------------------------- logprobs
+
+
+def logprob_events(
+    kind: Any, request: dict[str, Any], stop: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The events with choices of a stream, and the body of the same reply as a whole."""
+    steps = [ids("a"), [*ids("b<"), 0], ids("cen"), ids("d<e")]
+    parsed = openai_api.parse(kind, json.dumps(request).encode())
+    stream, whole = Envelope(parsed), Envelope(parsed)
+    replies = [Reply(Characters(), stop, 5, 3) for _ in range(2)]
+    written, text = "", ""
+    for i, step in enumerate(steps):
+        logprobs = [Logprob(t, -t / 10, [(t, -t / 10), (0, -20.0), (0, -30.0)]) for t in step]
+        delta = Delta(step, "length" if i == len(steps) - 1 else None, i, [i], logprobs=logprobs)
+        written += stream.events(replies[0].push(delta), replies[0])
+        text += replies[1].push(delta)
+        if replies[1].finish_reason:
+            break
+    events = [json.loads(line.removeprefix("data: ")) for line in written.split("\n\n")[:-2]]
+    return [event["choices"][0] for event in events], whole.body(text, replies[1])["choices"][0]
+
+
+@pytest.mark.parametrize("stop", [[], ["<e"]])
+def test_chats_have_the_logprobs_of_every_token_that_counts_streamed_or_not(stop: list[str]) -> None:
+    """Text that is held back holds up no logprobs, and none may be lost or sent twice."""
+    events, whole = logprob_events(ChatRequest, {**CHAT, "logprobs": True, "top_logprobs": 2}, stop)
+    content = [entry for event in events for entry in event["logprobs"]["content"]]
+    assert content == whole["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [*"ab<", "\ufffd", *"cend<e"]
+    assert content[1] == {
+        "token": "b",
+        "logprob": -9.8,
+        "bytes": [98],
+        "top_logprobs": [
+            {"token": "b", "logprob": -9.8, "bytes": [98]},
+            {"token": "\ufffd", "logprob": -20.0, "bytes": None},
+            {"token": "\ufffd", "logprob": -30.0, "bytes": None},
+        ],
+    }
+
+
+def test_tokens_behind_a_stop_string_have_no_logprobs() -> None:
+    events, whole = logprob_events(ChatRequest, {**CHAT, "logprobs": True}, ["b<"])
+    assert "".join(entry["token"] for entry in whole["logprobs"]["content"]) == "ab<"
+    assert "".join(e["token"] for event in events for e in event["logprobs"]["content"]) == "ab<"
+    assert whole["message"]["content"] == "a"
+
+
+def test_text_completions_have_logprobs_in_their_own_shape() -> None:
+    events, whole = logprob_events(CompletionRequest, {"model": "m", "prompt": "x", "logprobs": 1}, [])
+    assert whole["logprobs"]["tokens"] == [*"ab<", "\ufffd", *"cend<e"]
+    assert whole["logprobs"]["token_logprobs"][:2] == [-9.7, -9.8]
+    assert whole["logprobs"]["top_logprobs"][0] == {"a": -9.7, "\ufffd": -20.0}
+    assert whole["logprobs"]["text_offset"] == list(range(10))
+    for key, values in whole["logprobs"].items():
+        assert [value for event in events for value in event["logprobs"][key]] == values
+
+
+def test_logprobs_that_nobody_asked_for_are_null() -> None:
+    events, whole = logprob_events(ChatRequest, {**CHAT, "logprobs": False}, [])
+    assert whole["logprobs"] is None
+    assert {event["logprobs"] for event in events} == {None}
+
+
+# ------------------------------------------------------------------------------------ stop strings, for real
+
+
+def test_a_stop_string_cuts_a_reply_with_any_tree_where_it_cuts_the_baselines(tiny_base: Path) -> None:
+    """It may begin in one accepted run and end in the next, or both inside one: no token may slip through."""
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    chat = Chat.load(str(tiny_base))
+    letters_V = torch.zeros(262, dtype=torch.bool)
+    letters_V[chat.text_ids("abcdefgh")] = (
+        True  # each is one token; other bytes are only parts of a character
+    )
+    wants = Request([1, 40, 50, 60], 40, allowed_tokens=lambda _: letters_V)
+    alone = Engine(backbone, max_total_tokens=128)
+    token_ids = alone.generate([wants.prompt_ids], 40, allowed_tokens=wants.allowed_tokens)[0].token_ids
+    text = chat.text(token_ids)
+    heads = OracleHeads(32, 262, skill=0.8)
+    engine = heads.engine = Engine(
+        backbone, heads, Tree.from_paths([(0,), (0, 0), (1,), (0, 0, 0), (1, 0)]), 4, 128
+    )
+    heads.replies = {tuple(wants.prompt_ids): token_ids}
+    sequence, deltas = engine.add(wants), []
+    while not sequence.finish_reason:
+        deltas += [delta for _, delta in engine.step()]
+    assert max(len(delta.token_ids) for delta in deltas) > 2
+    for start in range(len(text) - 5):
+        for size in (1, 2, 5):
+            stop = text[start : start + size]
+            cut = text.index(stop)  # a token is a letter
+            reply = Reply(chat.detokenizer(), [stop], 4, 5)
+            shown = ""
+            for delta in deltas:
+                shown += reply.push(delta)
+                if reply.finish_reason:
+                    break
+            assert (shown, reply.finish_reason, reply.num_tokens) == (text[:cut], "stop", cut + size)

@@ -103,6 +103,35 @@ def test_the_engine_gets_what_was_asked_for(chat: Chat) -> None:
     assert (third.prompt_ids, third.max_new_tokens) == ([5, 6, 7], 16)
 
 
+def test_the_engine_gets_every_setting_and_the_client_the_logprobs(chat: Chat) -> None:
+    """A penalty that is lost on the way still gives a fluent answer."""
+    engine = ScriptedEngine(steps_of(chat, "a", "bcd"))
+    client = client_of(engine, chat)
+    fields = {
+        "min_p": 0.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"7": -5, "9": 2.5},
+        "acceptance": "typical",
+    }
+    asked = {**CHAT, **fields, "logprobs": True, "top_logprobs": 2}
+    whole = client.post(CHAT_URL, json=asked).json()["choices"][0]
+    events = events_of(client.post(CHAT_URL, json={**asked, "stream": True}))
+    client.post(CHAT_URL, json=CHAT)
+    completion = client.post(COMPLETION_URL, json={"model": "medusa", "prompt": "x", "logprobs": 0}).json()
+    first, _, third, _ = engine.requests
+    got = {name: getattr(first, name) for name in fields}
+    assert got == {**fields, "logit_bias": {7: -5, 9: 2.5}}
+    assert [r.logprobs for r in engine.requests] == [2, 2, None, 0]
+    assert (third.min_p, third.repetition_penalty, third.logit_bias, third.acceptance) == (0, 1, {}, "exact")
+    assert [entry["token"] for entry in whole["logprobs"]["content"]] == list("abcd")
+    streamed = [e for event in events for c in event["choices"] for e in c["logprobs"]["content"]]
+    assert streamed == whole["logprobs"]["content"]
+    assert [alternative["token"] for alternative in streamed[1]["top_logprobs"]] == ["b", chat.text([6])]
+    assert completion["choices"][0]["logprobs"]["tokens"] == list("abcd")
+
+
 @pytest.mark.parametrize(
     ("status", "fields", "says"),
     [
@@ -115,6 +144,7 @@ def test_the_engine_gets_what_was_asked_for(chat: Chat) -> None:
         (400, {"max_tokens": 511}, "ask for at most"),
         (400, {"tools": [{"type": "function"}]}, "tools is not supported"),
         (400, {"temperature": 3}, "temperature is 3"),
+        (400, {"logit_bias": {"262": 1}}, "logit_bias has the token id 262, outside 0 ... 261"),
     ],
 )
 def test_a_wrong_request_gets_a_clear_error_and_the_next_one_an_answer(
