@@ -51,7 +51,7 @@ def run(
             raise UserError(f"{base} with the heads {heads} cannot be loaded: {error}") from error
 
     engine = load(heads, "auto")
-    sizer = engine.measure()
+    sizer = engine.sizer or engine.measure()
     times = sizer.times
     found: dict[str, Any] = {
         "base": base,

@@ -362,7 +362,9 @@ def urls(
     raw = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
     raw["http_options"]["port"] = serve.free_port()
     for app in raw["applications"]:
-        app["args"].update(base=str(tiny_base), **({"heads": str(heads)} if app["args"].get("heads") else {}))
+        app["args"].update(
+            base=str(tiny_base), compile="no", **({"heads": str(heads)} if app["args"].get("heads") else {})
+        )
     yield serve.deploy(config.parse(ServeConfig, raw, "demo.yaml"))
     serve.shutdown()
     assert not ray.serve.status().applications

@@ -109,7 +109,7 @@ class Engine:
         tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
         _check_fit(backbone, heads, tree)
         self.backbone, self.heads = backbone, heads
-        self.is_adaptive = is_adaptive
+        self.is_adaptive = is_adaptive and len(tree) > 1
         self.sizer: TreeSizer | None = None
         sizes = tree_sizes(len(tree)) if is_adaptive else [len(tree)]
         self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
@@ -170,7 +170,9 @@ class Engine:
         )
         if compile == "wait":
             engine.compile(str(base), dtype, revision)
-        elif compile == "background":
+        if engine.is_adaptive:
+            engine.measure()  # now, rather than while the first request waits
+        if compile == "background":
             arguments = (str(base), dtype, revision)
             threading.Thread(
                 target=engine.compile, args=arguments, name="medusa-compile", daemon=True
