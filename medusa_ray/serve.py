@@ -156,6 +156,7 @@ class Server:
             "heads": self.args.heads,
             "num_heads": engine.num_heads,
             "tree_nodes": engine.num_nodes,
+            "is_adaptive": engine.is_adaptive,
             "mode": engine.mode,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,

@@ -334,7 +334,8 @@ def _plain(value: Any) -> str:
 
 def _acceptance(report: dict[str, Any], inputs: Inputs) -> str:
     accepted, nodes = report["acceptance"], report["tree"]["nodes"]
-    how = f"Served with a tree of {nodes} nodes, which holds several guesses for a place. " if nodes else ""
+    how = f"The tree has {nodes} nodes, several of them for one place; fewer are served where they do not pay. "
+    how = how if nodes else ""
     drop = ""
     if accepted["chain"] and accepted["out_of_domain_chain"]:
         lost = accepted["chain"] - accepted["out_of_domain_chain"]
