@@ -175,6 +175,9 @@ class EngineConfig(Strict):
         description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
         "the load; or rank paths.",
     )
+    shares_prefixes: bool = Field(
+        True, description="Prompts that begin alike share its keys and values; off where a benchmark repeats prompts."
+    )
     compile: Literal["no", "wait", "background"] = Field(
         "background",
         description="On a CPU: serve eagerly until the base is compiled, wait for that (20 s for a small base, once), "

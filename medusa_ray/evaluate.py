@@ -293,7 +293,7 @@ def _engine(
     is_adaptive: bool = False,
 ) -> Engine:
     longest = config.data.max_prompt_tokens + config.evaluate.max_new_tokens
-    engine = Engine(backbone, heads, tree, BATCH_SIZE, longest, is_adaptive)
+    engine = Engine(backbone, heads, tree, BATCH_SIZE, longest, is_adaptive, shares_prefixes=False)
     if config.evaluate.compile:
         engine.compile(config.model.base, config.model.dtype, config.model.revision)
     return engine

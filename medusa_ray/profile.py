@@ -46,7 +46,9 @@ def run(
     def load(heads: str | None, tree: Any, compile: Any = "wait") -> Engine:
         rows = max(batch_sizes)
         try:
-            return Engine.load(base, heads, tree, device, dtype, rows, longest, compile=compile)
+            return Engine.load(
+                base, heads, tree, device, dtype, rows, longest, compile=compile, shares_prefixes=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{base} with the heads {heads} cannot be loaded: {error}") from error
 

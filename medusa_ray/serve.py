@@ -75,6 +75,7 @@ class Server:
             max_batch_size=args.max_batch_size,
             max_total_tokens=args.max_total_tokens,
             compile=args.compile,
+            shares_prefixes=args.shares_prefixes,
         )
         return cls(engine, Chat.load(args.base), args)
 
@@ -157,6 +158,7 @@ class Server:
             "num_heads": engine.num_heads,
             "tree_nodes": engine.num_nodes,
             "is_adaptive": engine.is_adaptive,
+            "shares_prefixes": self.args.shares_prefixes,
             "mode": engine.mode,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,

@@ -91,7 +91,15 @@ def with_an_oracle(base: str, num_prompts: int, batch_sizes: list[int]) -> dict[
     def load(tree: Any, compile: Any = "wait") -> Engine:
         heads = Oracle(int(LlamaConfig.from_pretrained(base).hidden_size)) if tree else None
         rows = max(batch_sizes)
-        return Engine.load(base, heads, tree, max_batch_size=rows, max_total_tokens=longest, compile=compile)
+        return Engine.load(
+            base,
+            heads,
+            tree,
+            max_batch_size=rows,
+            max_total_tokens=longest,
+            compile=compile,
+            shares_prefixes=False,
+        )
 
     engines = {"plain, eager": load(None, "no"), "plain": load(None)}
     replies = [done.token_ids for done in engines["plain"].generate(prompts, MAX_NEW_TOKENS)]
@@ -99,7 +107,7 @@ def with_an_oracle(base: str, num_prompts: int, batch_sizes: list[int]) -> dict[
         engines[f"tree of {size}"] = load(TREE.paths[:size])
     heads = Oracle(engines["plain"].hidden_size)
     engines["adaptive"] = Engine(
-        engines["plain, eager"].backbone, heads, TREE, max(batch_sizes), longest, True
+        engines["plain, eager"].backbone, heads, TREE, max(batch_sizes), longest, True, shares_prefixes=False
     )
     engines["adaptive"].compile(base, "float32")
     engines["adaptive"].measure()

@@ -104,6 +104,18 @@ def test_a_long_prompt_does_not_stall_those_that_run(tiny_base, prompts, monkeyp
     assert long.num_prefilled == 9 * 16
 
 
+def test_a_shared_beginning_is_computed_once_and_changes_no_reply(tiny_base, prompts):
+    """Keys and values that belong to another beginning, or that a later step overwrote, would show in the text."""
+    beginning = [1, *(6 + i % 250 for i in range(149))]
+    asked = [beginning[:length] + prompt[1:20] for prompt in prompts for length in (60, 100, 140, 150)]
+    plain = engine_of(tiny_base, shares_prefixes=False)
+    expected = [plain.generate([p], 20)[0].token_ids for p in asked]
+    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=3)
+    engine.heads.replies = {tuple(p): r for p, r in zip(asked, expected, strict=True)}
+    assert [d.token_ids for d in engine.generate(asked, max_new_tokens=20)] == expected
+    assert engine.counters.num_prompt_tokens < 0.6 * plain.counters.num_prompt_tokens
+
+
 def random_schedule(engine: Engine, requests: list[Request], chance: random.Random) -> list[Sequence]:
     """Plays the requests: they come at random times, and every fifth is cancelled somewhere on its way."""
     coming, sequences, doomed = list(requests), [], []

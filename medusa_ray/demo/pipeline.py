@@ -302,6 +302,7 @@ def serve_config(out: Path, base: str, port: int) -> ServeConfig:
         "max_total_tokens": 640,
         "threads": 1,
         "compile": "wait",
+        "shares_prefixes": False,  # the benchmark sends each prompt many times, real traffic does not
     }
     heads = {"baseline": None, "medusa": str(out / "heads")}
     applications = [

@@ -3,8 +3,15 @@
 Invariant: the cache holds exactly the committed tokens of each sequence but its root, whose keys and values are
 written by the step that takes it in. What rejected guesses have written lies behind that and is overwritten.
 
+Sequences whose prompts begin alike share the pages that this beginning fills. Those are never written again, and stay
+when nobody uses them until their room is needed, the longest unused first.
+
 # B sequences   T tokens of a step   D tokens of a walk   P pages   S slots read   K key/value heads   E head size
 """
+
+import hashlib
+from array import array
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,16 +31,24 @@ class PagedCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        shares_prefixes: bool = True,
     ) -> None:
         shape = ((num_pages + 1) * PAGE_SIZE, kv_heads, head_size)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.device = device
+        self.device, self.shares_prefixes = device, shares_prefixes
         self._free = list(range(num_pages, NULL_PAGE, -1))
+        self._num_users = [0] * (num_pages + 1)
+        self._page_of: dict[bytes, int] = {}  # by the digest of all tokens up to the page's end
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: dict[
+            int, None
+        ] = {}  # pages that keep a beginning and have no user, the longest unused first
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        """Pages that can be had, those that keep an unused beginning among them."""
+        return len(self._free) + len(self._idle)
 
     @staticmethod
     def pages_for(num_tokens: int) -> int:
@@ -41,11 +56,44 @@ class PagedCache:
 
     def take(self, num_pages: int) -> list[int]:
         """Pages for one sequence; the caller has seen that there are enough."""
-        assert num_pages <= len(self._free), (num_pages, len(self._free))
-        return [self._free.pop() for _ in range(num_pages)]
+        assert num_pages <= self.num_free_pages, (num_pages, self.num_free_pages)
+        while len(self._free) < num_pages:
+            page = next(iter(self._idle))
+            del self._idle[page], self._page_of[self._digest_of.pop(page)]
+            self._free.append(page)
+        pages = [self._free.pop() for _ in range(num_pages)]
+        for page in pages:
+            self._num_users[page] = 1
+        return pages
 
     def give_back(self, pages: list[int]) -> None:
-        self._free.extend(reversed(pages))
+        # The last first: a beginning is of no use without what comes before it, so it is forgotten before that.
+        for page in reversed(pages):
+            self._num_users[page] -= 1
+            if not self._num_users[page]:
+                if page in self._digest_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def share(self, prompt_ids: list[int]) -> list[int]:
+        """Pages that hold the beginning of a prompt already, for one more sequence. One token at least is left over."""
+        pages: list[int] = []
+        for digest in _digests(prompt_ids[:-1]) if self.shares_prefixes else ():
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        for page in pages:
+            self._num_users[page] += 1
+            self._idle.pop(page, None)
+        return pages
+
+    def keep(self, prompt_ids: list[int], pages: list[int]) -> None:
+        """Lets later sequences share the pages that a prompt fills; its keys and values are in them."""
+        for digest, page in zip(_digests(prompt_ids), pages, strict=False) if self.shares_prefixes else ():
+            if digest not in self._page_of:
+                self._page_of[digest], self._digest_of[page] = page, digest
 
     def page_table(self, pages_of: list[list[int]], width: int) -> Tensor:
         """[B, P] the first `width` pages of each sequence, filled up with the null page."""
@@ -57,6 +105,14 @@ class PagedCache:
         source, target = from_BD.flatten(), to_BD.flatten()
         for pool in (*self.keys, *self.values):
             pool.index_copy_(0, target, pool.index_select(0, source))
+
+
+def _digests(token_ids: list[int]) -> Iterator[bytes]:
+    """Of each full page of tokens: what tells it apart, the tokens before it included."""
+    digest = hashlib.sha256()
+    for end in range(PAGE_SIZE, len(token_ids) + 1, PAGE_SIZE):
+        digest.update(array("q", token_ids[end - PAGE_SIZE : end]).tobytes())
+        yield digest.digest()
 
 
 def slots(table_BP: Tensor, position_BT: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Counters:
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     num_generated_tokens: int = 0
     num_steps: int = 0  # steps of a sequence, guesses or not
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 0  # processed, shared ones not among them
 
 
 @dataclass
@@ -101,8 +101,10 @@ class Engine:
         max_batch_size: int = 16,
         max_total_tokens: int = 2048,
         is_adaptive: bool = False,
+        shares_prefixes: bool = True,
     ) -> None:
-        """is_adaptive: steps take as much of the tree as pays at the load.
+        """is_adaptive: steps take as much of the tree as pays at the load. shares_prefixes: prompts that begin alike
+        share what the base computed of that; when measuring, the second time of a prompt would flatter.
 
         Raises ValueError when base, heads and tree do not fit together.
         """
@@ -117,7 +119,13 @@ class Engine:
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
         self.cache = PagedCache(
-            backbone.num_layers, pages, backbone.kv_heads, backbone.head_size, backbone.dtype, backbone.device
+            backbone.num_layers,
+            pages,
+            backbone.kv_heads,
+            backbone.head_size,
+            backbone.dtype,
+            backbone.device,
+            shares_prefixes,
         )
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack=len(tree))
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
@@ -142,6 +150,7 @@ class Engine:
         max_total_tokens: int = 2048,
         revision: str | None = None,
         compile: Literal["no", "wait", "background"] = "no",
+        shares_prefixes: bool = True,
     ) -> "Engine":
         """The engine of a base and its heads.
 
@@ -150,7 +159,7 @@ class Engine:
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
         or hub name, which takes a while the first time, or build it in the "background"; where there is none it runs
-        eagerly, and `mode` says so. Raises ValueError for what cannot be served.
+        eagerly, and `mode` says so. shares_prefixes as in Engine(). Raises ValueError for what cannot be served.
         """
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
@@ -166,7 +175,13 @@ class Engine:
                 heads.init_from(backbone.output_weight_VC)
             heads = heads.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
         engine = cls(
-            backbone, heads, _as_tree(tree, heads, folder), max_batch_size, max_total_tokens, tree == "auto"
+            backbone,
+            heads,
+            _as_tree(tree, heads, folder),
+            max_batch_size,
+            max_total_tokens,
+            tree == "auto",
+            shares_prefixes,
         )
         if compile == "wait":
             engine.compile(str(base), dtype, revision)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from medusa_ray.medusa.acceptance import Logprob
-from medusa_ray.medusa.cache import PagedCache
+from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
 from medusa_ray.medusa.sampling import Settings
 
 
@@ -120,12 +120,15 @@ class Scheduler:
             sequence = self.waiting[0]
             if not sequence.is_cancelled:
                 request = sequence.request
-                needed = PagedCache.pages_for(
+                shared = self.cache.share(request.prompt_ids)
+                num_pages = PagedCache.pages_for(
                     len(request.prompt_ids) + request.max_new_tokens + self.num_slack
                 )
-                if needed > self.cache.num_free_pages:
+                if num_pages - len(shared) > self.cache.num_free_pages:
+                    self.cache.give_back(shared)
                     break
-                sequence.pages = self.cache.take(needed)
+                sequence.pages = shared + self.cache.take(num_pages - len(shared))
+                sequence.num_prefilled = len(shared) * PAGE_SIZE
                 self.joining.append(sequence)
             self.waiting.popleft()
 
@@ -148,6 +151,8 @@ class Scheduler:
 
     def start(self, sequences: list[Sequence]) -> None:
         """Lets sequences run whose prompts are whole in the cache."""
+        for sequence in sequences:
+            self.cache.keep(sequence.request.prompt_ids, sequence.pages)
         self.joining = [sequence for sequence in self.joining if sequence not in sequences]
         self.running += sequences
 
