@@ -65,7 +65,16 @@ def load_or_build(base: str, dtype: str, revision: str | None = None) -> Pass:
             if done.returncode:
                 tail = done.stderr.decode(errors="replace")[-2000:]
                 raise RuntimeError(f"the pass of {base} could not be compiled. Its last output:\n{tail}")
-    return torch._inductor.aoti_load_package(str(package), run_single_threaded=True)
+    # Straight to the code: calling the package would take the pools apart anew in every step, for a tenth of a small
+    # base's time.
+    run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True).loader.boxed_run
+
+    def compiled_pass(*tensors_and_pools: Any) -> tuple[Tensor, Tensor]:
+        *tensors, keys, values = tensors_and_pools
+        logits_BWV, hidden_BWC = run([*tensors, *keys, *values])
+        return logits_BWV, hidden_BWC
+
+    return compiled_pass
 
 
 def package_of(base: str, dtype: str, revision: str | None) -> Path:
