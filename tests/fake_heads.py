@@ -40,3 +40,22 @@ class OracleHeads:
         if right and self.random.random() < self.skill:
             guesses[self.random.randrange(k)] = right[0]
         return guesses
+
+
+class TableHeads:
+    """Guesses by heart: looks up the known state that lies nearest, and gives what is written beside it.
+
+    A pure function of the state, like real heads: a wrong state finds wrong guesses.
+    """
+
+    layout = "own"
+
+    def __init__(self, state_MC: Tensor, guess_MHK: Tensor, vocab_size: int) -> None:
+        self.state_MC, self.guess_MHK = state_MC, guess_MHK
+        self.hidden_size, self.num_heads, self.vocab_size = state_MC.shape[1], guess_MHK.shape[1], vocab_size
+
+    def stack(self) -> "TableHeads":
+        return self
+
+    def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
+        return self.guess_MHK[torch.cdist(hidden_BC, self.state_MC).argmin(-1), :, :k]

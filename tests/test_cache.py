@@ -2,11 +2,11 @@
 
 import torch
 
-from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
+from medusa_ray.medusa.cache import PAGE_SIZE, KVShape, PagedCache
 
 
 def cache_of(num_pages: int) -> PagedCache:
-    return PagedCache(1, num_pages, 1, 4, torch.float32, torch.device("cpu"))
+    return PagedCache([KVShape(1, 4, 4)], num_pages, torch.float32, torch.device("cpu"))
 
 
 def prompt(*pages: int, rest: int = 5) -> list[int]:

@@ -26,7 +26,7 @@ FLOORS = {
     MODEL: {
         "chat",
         "openai_api",
-        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "treepass", "compiled"]),
+        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled"]),
         *(f"medusa.{name}" for name in ["scheduler", "engine", "reference"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},

@@ -25,6 +25,17 @@ def test_a_chain_takes_each_heads_best_guess():
     assert chain.mask_NN.equal(torch.ones(4, 4).tril().bool())
 
 
+def test_the_published_tree_has_63_guesses_of_four_heads_with_at_most_ten_ranks():
+    tree = Tree.published()
+    assert (len(tree), tree.depth, tree.num_ranks) == (64, 4, 10)
+    assert [sum(len(path) == depth for path in tree.paths) for depth in (1, 2, 3, 4)] == [10, 28, 23, 2]
+    parents = {path[:-1] for path in tree.paths}
+    assert sum(path not in parents for path in tree.paths) == 42
+    # Best first, so its prefixes are trees of their own.
+    assert tree.paths[:5] == ((0,), (0, 0), (1,), (0, 1), (2,))
+    assert all(Tree.from_paths(tree.paths[:size]).paths == tree.paths[:size] for size in range(64))
+
+
 def test_the_empty_tree_is_the_root_alone():
     assert (len(Tree()), Tree().depth, Tree().num_ranks) == (1, 0, 0)
 

@@ -11,7 +11,8 @@ when nobody uses them until their room is needed, the longest unused first.
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +21,33 @@ PAGE_SIZE = 64
 NULL_PAGE = 0  # Padding writes here, and unused entries of a page table point here.
 
 
+class KVShape(NamedTuple):
+    """What a layer stores of one token. Latent attention has values smaller than keys, Gemma 4 two kinds of layers."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+
 class PagedCache:
     """One key and one value tensor per layer: a single pool for all layers would be copied by torch.compile."""
 
     def __init__(
         self,
-        num_layers: int,
+        shapes: Sequence[KVShape],
         num_pages: int,
-        kv_heads: int,
-        head_size: int,
         dtype: torch.dtype,
         device: torch.device,
         shares_prefixes: bool = True,
     ) -> None:
-        shape = ((num_pages + 1) * PAGE_SIZE, kv_heads, head_size)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        """shapes: one for each layer."""
+        num_slots = (num_pages + 1) * PAGE_SIZE
+
+        def pools(sizes: list[tuple[int, int]]) -> list[Tensor]:
+            return [torch.zeros(num_slots, *size, dtype=dtype, device=device) for size in sizes]
+
+        self.keys = pools([(shape.num_heads, shape.key_size) for shape in shapes])
+        self.values = pools([(shape.num_heads, shape.value_size) for shape in shapes])
         self.device, self.shares_prefixes = device, shares_prefixes
         self._free = list(range(num_pages, NULL_PAGE, -1))
         self._num_users = [0] * (num_pages + 1)

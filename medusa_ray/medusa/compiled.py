@@ -116,7 +116,7 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     long prompt as well.
     """
     num_rows, num_nodes, num_pages = 2, 8, 3
-    pool = PagedCache(of.num_layers, num_rows * num_pages, of.kv_heads, of.head_size, of.dtype, of.device)
+    pool = PagedCache(of.kv_shapes, num_rows * num_pages, of.dtype, of.device)
     table_BP = 1 + torch.arange(num_rows * num_pages).view(num_rows, num_pages)
     node_N = torch.arange(num_nodes)
     arguments = (
@@ -132,7 +132,7 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     rows, nodes = Dim("rows", min=1, max=MAX_ROWS), Dim("nodes", min=1, max=MAX_NODES)
     wanted, pages = Dim("wanted", min=1, max=MAX_NODES), Dim("pages", min=1, max=MAX_PAGES)
     slots = Dim("slots", min=PAGE_SIZE, max=MAX_PAGES * PAGE_SIZE)
-    pools = [{0: slots}] * of.num_layers
+    pools = [{0: slots}] * len(of.kv_shapes)
     shapes = (
         {0: rows, 1: nodes}, {0: rows}, {0: rows, 1: pages}, {0: nodes}, {0: nodes, 1: nodes},
         {0: rows, 1: wanted}, pools, pools,

@@ -110,6 +110,12 @@ class Engine:
         """
         tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
         _check_fit(backbone, heads, tree)
+        if backbone.rope_limit is not None and max_total_tokens > backbone.rope_limit:
+            raise ValueError(
+                f"max_total_tokens is {max_total_tokens}, but beyond {backbone.rope_limit} the RoPE frequencies of "
+                f"{type(backbone.model).__name__} follow the longest sequence of the batch, so that a reply would "
+                f"depend on its neighbours. Set max_total_tokens to at most {backbone.rope_limit}."
+            )
         self.backbone, self.heads = backbone, heads
         self.is_adaptive = is_adaptive and len(tree) > 1
         self.sizer: TreeSizer | None = None
@@ -118,15 +124,7 @@ class Engine:
         self.tree, self._root_only = self.trees[len(tree)], Tree().to(backbone.device)
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
-        self.cache = PagedCache(
-            backbone.num_layers,
-            pages,
-            backbone.kv_heads,
-            backbone.head_size,
-            backbone.dtype,
-            backbone.device,
-            shares_prefixes,
-        )
+        self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack=len(tree))
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None

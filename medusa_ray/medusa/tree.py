@@ -26,6 +26,12 @@ from torch import Tensor
 
 RankPath = tuple[int, ...]
 
+# Each path's ranks, a digit a head: "mc_sim_7b_63" of the Medusa authors (github.com/FasterDecoding/Medusa).
+PUBLISHED = (
+    "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 "
+    "0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
+)
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -59,6 +65,11 @@ class Tree:
     def chain(cls, num_heads: int) -> "Tree":
         """Each head's best guess in a row."""
         return cls(tuple((0,) * depth for depth in range(1, num_heads + 1)))
+
+    @classmethod
+    def published(cls) -> "Tree":
+        """The 63 guesses, four heads deep, that the Medusa authors found for Vicuna 7B."""
+        return cls.from_paths([int(rank) for rank in path] for path in PUBLISHED.split())
 
     @classmethod
     def calibrated(cls, rank_PH: Tensor, num_nodes: int) -> "Tree":
