@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from medusa_ray.medusa import attention, conformance
+from medusa_ray.medusa import attention
 from medusa_ray.medusa.attention import Step
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
@@ -424,14 +424,13 @@ def see_everything(step: Step, window: int | None, num_groups: int, dtype: torch
 
 def see_siblings(step: Step, window: int | None, num_groups: int, dtype: torch.dtype) -> Tensor:
     """A node sees whatever stands before it, as in plain text."""
-    num_tokens, num_slots = step.visible_BTS.shape[1:]
-    first_BT = num_slots - num_tokens + torch.arange(num_tokens)
-    visible_TS = torch.arange(num_slots) <= first_BT[:, None]
-    mask_TS = torch.zeros_like(visible_TS, dtype=dtype).masked_fill(~visible_TS, -torch.inf)
-    return mask_TS.repeat(len(step.read_BS), num_groups, 1)[:, None]
+    own_slot_BT = (step.read_BS[:, None] == step.write_BT[..., None]).int().argmax(-1)
+    behind_BTS = torch.arange(step.read_BS.shape[1]) > own_slot_BT[..., None]
+    mask_BTS = torch.zeros_like(behind_BTS, dtype=dtype).masked_fill(behind_BTS, -torch.inf)
+    return mask_BTS.repeat(1, num_groups, 1)[:, None]
 
 
-RIGHT_MASK, RIGHT_STEP = Step.mask, conformance._step
+RIGHT_MASK, RIGHT_STEP = Step.mask, attention.tree_step
 
 
 def see_one_further(step: Step, window: int | None, num_groups: int, dtype: torch.dtype) -> Tensor:
@@ -477,15 +476,15 @@ def write_over_the_last(*args: Any) -> Step:
 
 MISTAKES = [
     ("llama", Step, "mask", see_everything),
-    ("llama", conformance, "_step", stand_in_slots),
+    ("llama", attention, "tree_step", stand_in_slots),
     ("mistral", Step, "mask", forget_the_window),
 ]
 # What rounding at 16 bits can hide.
 MILD_MISTAKES = [
     ("llama", Step, "mask", see_siblings),
-    ("llama", conformance, "_step", write_over_the_last),
-    ("gpt2", conformance, "_step", stand_in_slots),
-    ("llama", conformance, "_step", stand_where_the_first_row_stands),
+    ("llama", attention, "tree_step", stand_where_the_first_row_stands),
+    ("llama", attention, "tree_step", write_over_the_last),
+    ("gpt2", attention, "tree_step", stand_in_slots),
     ("mistral", Step, "mask", see_one_further),
     ("gemma3", Step, "mask", forget_the_window),
     ("gemma3", Step, "mask", measure_windows_in_slots),

@@ -4,7 +4,8 @@ It owns the cache's writes and reads, so the model needs no cache object of its 
 A step's tables travel to it as the keyword argument `step` of the model's forward. This is the dense reference, on
 torch's scaled dot product attention; grouped query heads are folded into the query length.
 
-# B sequences   T tokens of a step   S slots read   H query heads   K key/value heads   G = H / K   E head size
+# B sequences   T tokens of a step, N where they are tree nodes   P pages   S slots read
+# H query heads   K key/value heads   G = H / K   E head size
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medusa_ray.medusa.cache import read, write
+from medusa_ray.medusa.cache import all_slots, read, write
 
 NAME = "medusa_tree"
 
@@ -43,6 +44,34 @@ class Step:
             mask_BTS = torch.zeros_like(visible_BTS, dtype=dtype).masked_fill(~visible_BTS, -torch.inf)
             self.masks[window, num_groups] = mask_BTS.repeat(1, num_groups, 1)[:, None]
         return self.masks[window, num_groups]
+
+
+def tree_step(
+    length_B: Tensor,
+    table_BP: Tensor,
+    depth_N: Tensor,
+    mask_NN: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Step:
+    """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself."""
+    num_nodes = depth_N.shape[0]  # and not len(), which a compiled pass would take for a constant
+    read_BS = all_slots(table_BP)
+    slot_S = torch.arange(read_BS.shape[1], device=read_BS.device)
+    node_BN = length_B[:, None] + torch.arange(num_nodes, device=read_BS.device)
+    behind_BS = slot_S - length_B[:, None]  # negative in the context, else the node that stands there
+    is_node_BS = (behind_BS >= 0) & (behind_BS < num_nodes)
+    inner_BS = behind_BS.clamp(0, num_nodes - 1)
+    among_nodes_BNS = mask_NN.T[inner_BS].transpose(1, 2) & is_node_BS[:, None]
+    return Step(
+        keys,
+        values,
+        write_BT=read_BS.gather(1, node_BN),
+        read_BS=read_BS,
+        visible_BTS=(behind_BS < 0)[:, None] | among_nodes_BNS,
+        position_BT=length_B[:, None] + depth_N,
+        position_BS=torch.where(is_node_BS, length_B[:, None] + depth_N[inner_BS], slot_S),
+    )
 
 
 def attend(

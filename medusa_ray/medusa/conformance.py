@@ -5,7 +5,7 @@ else is measured. A few tokens go through plain transformers, with the model's o
 through the engine's attention and paged cache: as a prompt, then as a chain and as a branching tree. A model that
 lives on anything else than that (a mask or window of its own, a state, the longest sequence of the batch) differs.
 
-# B sequences   W walks   T tokens   N tree nodes   S slots read   C hidden   V vocab
+# B sequences   W walks   T tokens   N tree nodes   X hidden or vocab   P positions compared; of a table, pages
 # H query heads   K key/value heads   E head size
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medusa_ray.medusa.attention import Step
-from medusa_ray.medusa.cache import KVShape, PagedCache, slots
+from medusa_ray.medusa import attention
+from medusa_ray.medusa.cache import KVShape, PagedCache
 from medusa_ray.medusa.tree import Tree
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def kv_shapes(model: PreTrainedModel) -> list[KVShape]:
     model.set_attn_implementation(LOOK)
     token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with _refusing(model), torch.no_grad():
-        model(input_ids=token_11, position_ids=token_11, use_cache=False, logits_to_keep=1, step=seen)
+        model(input_ids=token_11, position_ids=token_11, use_cache=False, step=seen)
     if sorted(seen) != [*range(len(seen))] or not seen:
         raise _refusal(model, f"only its layers {sorted(seen)} call transformers' attention interface")
     return [seen[layer] for layer in range(len(seen))]
@@ -158,19 +158,21 @@ def compare(backbone: "Backbone") -> None:
     cache = PagedCache(backbone.kv_shapes, 2, dtype, device)
     table_BP = cache.page_table([cache.take(1), cache.take(1)], 1)
 
+    def run(token_BN: Tensor, length_B: Sequence[int], tree: Tree) -> tuple[Tensor, Tensor]:
+        tree = tree.to(device)
+        cached_B = torch.tensor(length_B, device=device)
+        step = attention.tree_step(cached_B, table_BP, tree.depth_N, tree.mask_NN, cache.keys, cache.values)
+        return backbone.forward(token_BN, step, torch.arange(len(tree), device=device).expand(2, -1))
+
     with _short_windows(backbone.model) as cut:
         plain = _measured_of_walks(backbone.plain_forward(walk_WT), length_B)
         with _refusing(backbone.model):
-            prompt_BN = context_BT[:, : len(PROMPT)]
-            every_BN = torch.arange(len(PROMPT), device=device).expand(2, -1)
-            prompt = backbone.forward(prompt_BN, _step(cache, table_BP, [0, 0], PROMPT), every_BN[:, -1:])
-            chain = backbone.forward(
-                chain_BN, _step(cache, table_BP, NUM_KEPT, CHAIN), every_BN[:, : len(CHAIN)]
-            )
-            tree = backbone.forward(node_BN, _step(cache, table_BP, length_B, TREE), every_BN[:, : len(TREE)])
+            prompt = run(context_BT[:, : len(PROMPT)], [0, 0], PROMPT)
+            chain = run(chain_BN, NUM_KEPT, CHAIN)
+            tree = run(node_BN, length_B, TREE)
         ours = []
-        for prompt_B1X, chain_BNX, tree_BNX in zip(prompt, chain, tree, strict=True):
-            ours += [torch.cat([prompt_B1X[0], chain_BNX.flatten(0, 1)]), tree_BNX.flatten(0, 1)]
+        for prompt_BNX, chain_BNX, tree_BNX in zip(prompt, chain, tree, strict=True):
+            ours += [torch.cat([prompt_BNX[0, -1:], chain_BNX.flatten(0, 1)]), tree_BNX.flatten(0, 1)]
         differences = [_difference(*pair, dtype) for pair in zip(ours, plain, strict=True)]
         tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
         if all(difference <= tolerance for difference in differences):
@@ -227,29 +229,6 @@ def _nudged_embeddings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _step(cache: PagedCache, table_BP: Tensor, length_B: Sequence[int], tree: Tree) -> Step:
-    """A tree behind the context of each sequence, node by node; the engine has its own, quicker way."""
-    B, N, S = len(length_B), len(tree), max(length_B) + len(tree)
-    visible_BNS = torch.zeros(B, N, S, dtype=torch.bool)
-    position_BS = torch.arange(S).repeat(B, 1)
-    for row, length in enumerate(length_B):
-        visible_BNS[row, :, :length] = True
-        visible_BNS[row, :, length : length + N] = tree.mask_NN
-        position_BS[row, length : length + N] = length + tree.depth_N
-    device = table_BP.device
-    node_BN = torch.tensor(length_B)[:, None] + torch.arange(N)
-    read_BS = slots(table_BP, torch.arange(S, device=device).expand(B, -1))
-    return Step(
-        cache.keys,
-        cache.values,
-        write_BT=read_BS.gather(1, node_BN.to(device)),
-        read_BS=read_BS,
-        visible_BTS=visible_BNS.to(device),
-        position_BT=position_BS.gather(1, node_BN).to(device),
-        position_BS=position_BS.to(device),
-    )
 
 
 @contextmanager

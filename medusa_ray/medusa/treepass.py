@@ -7,12 +7,10 @@ sequences, nodes and pages.
 # B sequences   N tree nodes   W nodes wanted   P pages   S slots   C hidden   V vocab
 """
 
-import torch
 from torch import Tensor, nn
 
-from medusa_ray.medusa.attention import Step
+from medusa_ray.medusa.attention import tree_step
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.cache import all_slots
 
 
 class TreePass(nn.Module):
@@ -41,31 +39,3 @@ class TreePass(nn.Module):
         """
         step = tree_step(length_B, table_BP, depth_N, mask_NN, keys, values)
         return self.backbone.forward(token_BN, step, wanted_BW)
-
-
-def tree_step(
-    length_B: Tensor,
-    table_BP: Tensor,
-    depth_N: Tensor,
-    mask_NN: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-) -> Step:
-    """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself."""
-    num_nodes = depth_N.shape[0]  # and not len(), which a compiled pass would take for a constant
-    read_BS = all_slots(table_BP)
-    slot_S = torch.arange(read_BS.shape[1], device=read_BS.device)
-    node_BN = length_B[:, None] + torch.arange(num_nodes, device=read_BS.device)
-    behind_BS = slot_S - length_B[:, None]  # negative in the context, else the node that stands there
-    is_node_BS = (behind_BS >= 0) & (behind_BS < num_nodes)
-    inner_BS = behind_BS.clamp(0, num_nodes - 1)
-    among_nodes_BNS = mask_NN.T[inner_BS].transpose(1, 2) & is_node_BS[:, None]
-    return Step(
-        keys,
-        values,
-        write_BT=read_BS.gather(1, node_BN),
-        read_BS=read_BS,
-        visible_BTS=(behind_BS < 0)[:, None] | among_nodes_BNS,
-        position_BT=length_B[:, None] + depth_N,
-        position_BS=torch.where(is_node_BS, length_B[:, None] + depth_N[inner_BS], slot_S),
-    )
