@@ -33,7 +33,7 @@ class OracleHeads:
         for sequence in self.engine.scheduler.running[: len(hidden_BC)]:
             coming = self.replies[tuple(sequence.request.prompt_ids)][len(sequence.token_ids) :]
             rows.append([self._guesses(coming[h : h + 1], k) for h in range(self.num_heads)])
-        return torch.tensor(rows)
+        return torch.tensor(rows, device=hidden_BC.device)
 
     def _guesses(self, right: list[int], k: int) -> list[int]:
         guesses = self.random.sample([t for t in range(self.vocab_size) if t not in right], k)

@@ -5,8 +5,10 @@ The models are random, of two layers, with windows far shorter than the texts. I
 replies vary and no two scores come near a tie: all is float32, and equality is exact.
 """
 
+import logging
 import math
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -545,3 +547,20 @@ def test_a_rounding_that_flips_the_choice_of_an_expert_is_no_reason_to_refuse():
     model_type, settings = ARCHITECTURES["phimoe"]
     for seed in (2, 11, 14):
         Backbone(build(model_type, seed, **{**settings, "initializer_range": 0.3}).half())
+
+
+def test_a_kernel_that_fails_on_this_machine_is_done_without(monkeypatch, caplog):
+    """The base is at no fault then, and must not be refused."""
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    monkeypatch.setattr(attention, "IS_INTERPRETED", True)
+    monkeypatch.setattr(attention, "is_kernel_trusted", True)
+    monkeypatch.setitem(sys.modules, "medusa_ray.medusa.kernels", None)
+    monkeypatch.setattr(logging.getLogger("medusa_ray"), "propagate", True)
+    model = build("llama")
+    prompt = prompts()[1]
+    reply = plain_reply(model, prompt, NEW_TOKENS)
+    assert attention.takes_kernel(torch.device("cpu"), 5)
+    engine = Engine(Backbone(model))
+    assert "without the GPU's own kernel, which fails here" in caplog.text
+    assert not attention.takes_kernel(torch.device("cpu"), 5)
+    assert engine.generate([prompt], NEW_TOKENS)[0].token_ids == reply

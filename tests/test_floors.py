@@ -21,12 +21,15 @@ FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
     MATHS: {
         f"medusa.{name}"
-        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss"]
+        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels"]
     },
     MODEL: {
         "chat",
         "openai_api",
-        *(f"medusa.{name}" for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled"]),
+        *(
+            f"medusa.{name}"
+            for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled"]
+        ),
         *(f"medusa.{name}" for name in ["scheduler", "engine", "reference"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
@@ -35,7 +38,7 @@ FLOORS = {
 # The floor where each library first appears.
 LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
-    MATHS: {"safetensors", "torch"},
+    MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"tokenizers", "transformers"},
     STAGES: {"deepspeed", "fastapi", "prometheus_client", "ray", "starlette", "tensorboard"},
     DOOR: {"huggingface_hub", "rich", "typer"},

@@ -26,6 +26,8 @@ from torch import Tensor
 
 RankPath = tuple[int, ...]
 
+MASK_BITS = 64  # nodes that ancestor_bits can tell apart
+
 # Each path's ranks, a digit a head: "mc_sim_7b_63" of the Medusa authors (github.com/FasterDecoding/Medusa).
 PUBLISHED = (
     "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 "
@@ -171,3 +173,8 @@ class Tree:
         for name in ("depth_N", "parent_N", "guess_N", "mask_NN", "walk_ND"):
             moved.__dict__[name] = getattr(self, name).to(device)
         return moved
+
+
+def ancestor_bits(mask_NN: Tensor) -> Tensor:
+    """int64 [N]: a tree's mask row by row, bit a for node a. Of at most MASK_BITS nodes."""
+    return (mask_NN.long() << torch.arange(mask_NN.shape[0], device=mask_NN.device)).sum(1)
