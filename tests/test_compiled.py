@@ -3,6 +3,7 @@
 import logging
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,34 @@ def test_a_pass_is_built_once_and_again_for_other_weights(cache, tiny_base, tmp_
     names = {compiled.package_of(str(copy), dtype, None) for dtype in ("float32", "bfloat16")}
     assert package not in names
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("mistake", ["another row's pages", "not a number"])
+def test_a_compiled_pass_that_says_something_else_is_not_taken(tiny_base, monkeypatch, caplog, mistake):
+    """A compiler that takes a number for granted gives wrong text, not an error."""
+    engine = Engine.load(str(tiny_base), max_total_tokens=256)
+    eager = engine._pass
+
+    def wrong(token_BN, length_B, table_BP, *rest):
+        logits_BWV, hidden_BWC = eager(token_BN, length_B, table_BP.flip(0), *rest)
+        return (logits_BWV * torch.nan, hidden_BWC) if mistake == "not a number" else (logits_BWV, hidden_BWC)
+
+    monkeypatch.setattr(compiled, "why_not", lambda device: None)
+    monkeypatch.setattr(compiled, "load_or_build", lambda *_: wrong)
+    monkeypatch.setattr(logging.getLogger("medusa_ray"), "propagate", True)
+    engine.compile(str(tiny_base), "float32")
+    assert engine.mode == "eager"
+    assert "the compiled pass of LlamaForCausalLM differs from the eager one by" in caplog.text
+
+
+@needs_compiler
+def test_an_engine_serves_eagerly_until_its_pass_is_built(cache, tiny_base, prompts, plain_replies):  # noqa: F811
+    engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="background")
+    deadline = time.monotonic() + 60
+    while engine.mode == "eager" and time.monotonic() < deadline:
+        assert [d.token_ids for d in engine.generate(prompts[:3], max_new_tokens=40)] == plain_replies[:3]
+    assert engine.mode == "compiled"
+    assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
 
 
 def test_an_engine_without_a_compiler_runs_eagerly_and_says_so(cache, tiny_base, monkeypatch, caplog):

@@ -130,6 +130,7 @@ class Engine:
         self.failure: Exception | None = None
         self._guesser = heads.stack() if heads else None
         self._pass: compiled.Pass = TreePass(backbone)
+        self._built: compiled.Pass | None = None  # compiled, and not yet adopted
         self.mode = "eager"
         self._batch: Batch | None = None
         self._node_N = torch.arange(max(len(tree), max_batch_size), device=backbone.device)
@@ -187,9 +188,7 @@ class Engine:
             engine.measure()  # now, rather than while the first request waits
         if compile == "background":
             arguments = (str(base), dtype, revision)
-            threading.Thread(
-                target=engine.compile, args=arguments, name="medusa-compile", daemon=True
-            ).start()
+            threading.Thread(target=engine._build, args=arguments, name="medusa-compile", daemon=True).start()
         return engine
 
     def compile(self, base: str, dtype: str, revision: str | None = None) -> None:
@@ -197,15 +196,39 @@ class Engine:
 
         Where that cannot be had, the engine goes on eagerly and logs why.
         """
+        self._build(base, dtype, revision)
+        self._adopt()
+
+    def _build(self, base: str, dtype: str, revision: str | None) -> None:
+        """What takes long; safe while steps run in another thread."""
         reason = compiled.why_not(self.backbone.device.type)
         if reason is None:
             try:
-                self._pass = compiled.load_or_build(base, dtype, revision)
-                self.mode, self.sizer = "compiled", None  # what was measured was the eager pass
+                self._built = compiled.load_or_build(base, dtype, revision)
                 return
             except (OSError, RuntimeError) as error:
                 reason = str(error)
         log.warning("the engine runs eagerly: %s", reason)
+
+    @torch.inference_mode()
+    def _adopt(self) -> None:
+        """Takes the compiled pass over, if there is one and it says what the eager one says."""
+        if self._built is None:
+            return
+        built, self._built = self._built, None
+        apart = compiled.difference(built, TreePass(self.backbone), self.backbone)
+        if apart <= compiled.TOLERANCE[self.backbone.dtype]:
+            self._pass, self.mode, self.sizer = (
+                built,
+                "compiled",
+                None,
+            )  # what was measured was the eager pass
+        else:
+            log.warning(
+                "the engine runs eagerly: the compiled pass of %s differs from the eager one by %.1g of its size",
+                type(self.model).__name__,
+                apart,
+            )
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -216,6 +239,7 @@ class Engine:
     @torch.inference_mode()
     def _take_in(self) -> list[tuple[Sequence, Delta]]:
         """Moves prompts on by one pass; the first token of each sequence whose prompt this completes."""
+        self._adopt()
         self.scheduler.admit()
         group = self.scheduler.next_group(PREFILL_TOKENS)
         deltas = self._prefill(group) if group else []
