@@ -11,6 +11,7 @@ from medusa_ray.medusa.tree import Tree
 HYSTERESIS = 1.05  # another size must be so much better, or noise would make sizes flap
 MEMORY = 400  # row-steps over which acceptance is averaged
 PRIOR = 20  # row-steps that the first estimate counts for
+REVIEW_EVERY = 8  # steps; choosing costs some hundredths of a millisecond, which a small base's steps would feel
 PROBE_EVERY = 128  # steps between two with the whole tree: what is never tried is never learnt
 
 StepTimes = dict[int, dict[int, float]]  # rows -> nodes -> seconds of a step
@@ -30,16 +31,17 @@ class TreeSizer:
         # Of each node: how often the base agrees with all of its walk. To begin with, any guess but a first is poor.
         self.chances = [1.0, *(0.5 ** (len(path) + sum(path)) for path in tree.paths)]
         self._num_seen = [PRIOR] * len(tree)
-        self._num_steps = 0
+        self._num_steps = self._num_rows = 0
 
     def pick(self, num_rows: int) -> int:
         """Nodes of the next step, the root counted."""
         self._num_steps += 1
         if self._num_steps % PROBE_EVERY == 0:
             return self.sizes[-1]
-        best = self.best(num_rows)
-        if self.rate(num_rows, best) > HYSTERESIS * self.rate(num_rows, self.size):
-            self.size = best
+        if num_rows != self._num_rows or self._num_steps % REVIEW_EVERY == 0:
+            self._num_rows, best = num_rows, self.best(num_rows)
+            if self.rate(num_rows, best) > HYSTERESIS * self.rate(num_rows, self.size):
+                self.size = best
         return self.size
 
     def best(self, num_rows: int) -> int:
