@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_heads import OracleHeads
 from test_engine import TREES, plain_replies, prompts  # noqa: F401  # fixtures
+from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa import compiled
 from medusa_ray.medusa.engine import Engine
@@ -94,6 +95,12 @@ def test_a_compiled_pass_that_says_something_else_is_not_taken(tiny_base, monkey
     engine.compile(str(tiny_base), "float32")
     assert engine.mode == "eager"
     assert "the compiled pass of LlamaForCausalLM differs from the eager one by" in caplog.text
+
+
+def test_a_loaded_model_has_no_folder_to_build_from(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with pytest.raises(ValueError, match="base is a loaded LlamaForCausalLM"):
+        Engine.load(model, compile="wait")
 
 
 @needs_compiler

@@ -162,6 +162,11 @@ class Engine:
         """
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
+            if compile != "no":
+                raise ValueError(
+                    f"compile is {compile!r}, but the base is a loaded {type(base).__name__}, and a pass is built "
+                    'from a folder or hub name. Give one of these, or set compile to "no".'
+                )
             backbone = Backbone(base)
         else:
             backbone = Backbone.load(str(base), torch_dtype, device, revision)
@@ -218,11 +223,8 @@ class Engine:
         built, self._built = self._built, None
         apart = compiled.difference(built, TreePass(self.backbone), self.backbone)
         if apart <= compiled.TOLERANCE[self.backbone.dtype]:
-            self._pass, self.mode, self.sizer = (
-                built,
-                "compiled",
-                None,
-            )  # what was measured was the eager pass
+            self._pass, self.mode = built, "compiled"
+            self.sizer = None  # what it measured was the eager pass
         else:
             log.warning(
                 "the engine runs eagerly: the compiled pass of %s differs from the eager one by %.1g of its size",

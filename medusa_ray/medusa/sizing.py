@@ -11,7 +11,9 @@ from medusa_ray.medusa.tree import Tree
 HYSTERESIS = 1.05  # another size must be so much better, or noise would make sizes flap
 MEMORY = 400  # row-steps over which acceptance is averaged
 PRIOR = 20  # row-steps that the first estimate counts for
-REVIEW_EVERY = 8  # steps; choosing costs some hundredths of a millisecond, which a small base's steps would feel
+REVIEW_EVERY = (
+    8  # steps; choosing costs some hundredths of a millisecond, which a small base's steps would feel
+)
 PROBE_EVERY = 128  # steps between two with the whole tree: what is never tried is never learnt
 
 StepTimes = dict[int, dict[int, float]]  # rows -> nodes -> seconds of a step
