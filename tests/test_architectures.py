@@ -34,6 +34,8 @@ from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.tree import Tree
 
+pytestmark = pytest.mark.long
+
 VOCAB, NEW_TOKENS = 128, 24
 PROMPT_LENGTHS = (3, 20, 52)  # the last reply runs over the end of a page
 

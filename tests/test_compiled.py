@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from medusa_ray.medusa import compiled
 from medusa_ray.medusa.engine import Engine
 
+pytestmark = pytest.mark.long
 needs_compiler = pytest.mark.skipif(compiled.why_not("cpu") is not None, reason="no C++ compiler")
 
 

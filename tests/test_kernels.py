@@ -29,7 +29,10 @@ from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.tree import Tree, ancestor_bits
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 
 KV_HEADS = 2
 LAYER = SimpleNamespace(layer_idx=0)

@@ -231,14 +231,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_heads(ray_cluster: None, tm
     settings = {"batch_size": 4, "save_steps": 100, "learning_rate": 0.01, "max_failures": 0}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole, killed = (write_run(tmp_path / name, num_rows=320, **settings) for name in ("whole", "killed"))
+    whole, killed = (write_run(tmp_path / name, num_rows=160, **settings) for name in ("whole", "killed"))
 
     assert train.run(whole) == whole.artifact("heads")
     expected = curve_of(whole)
-    assert [record["step"] for record in expected] == list(range(10, 801, 10))
+    assert [record["step"] for record in expected] == list(range(10, 401, 10))
 
     ended = threading.Event()
-    killer = threading.Thread(target=kill_a_worker_at, args=(300, killed, ended))
+    killer = threading.Thread(target=kill_a_worker_at, args=(250, killed, ended))
     killer.start()
     with pytest.raises(Exception, match="Training failed"):
         train.run(killed)  # as if the driver had died: nothing is tidied up
@@ -267,7 +267,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_heads(ray_cluster: None, tm
     }  # fmt: skip
     record = provenance.read(whole.artifact("heads"))
     assert record is not None
-    assert (record["num_steps"], record["num_positions"], record["num_repeated_per_epoch"]) == (800, 3200, 0)
+    assert (record["num_steps"], record["num_positions"], record["num_repeated_per_epoch"]) == (400, 1600, 0)
 
 
 def scalars(heads: Path) -> dict[str, list[int]]:
