@@ -196,7 +196,7 @@ def prompts() -> list[list[int]]:
 
 def plain_reply(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
     """What transformers' own generate says."""
-    prompt_1T = torch.tensor([prompt])
+    prompt_1T = torch.tensor([prompt], device=model.device)
     everything = torch.ones_like(prompt_1T)  # without it, tokens equal to the padding's would be left out
     text_1T = model.generate(prompt_1T, attention_mask=everything, max_new_tokens=num_tokens, do_sample=False)
     return text_1T[0, len(prompt) :].tolist()

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from fake_heads import OracleHeads
-from test_architectures import ARCHITECTURES, NEW_TOKENS, build, prompts
+from test_architectures import ARCHITECTURES, NEW_TOKENS, VOCAB, build, plain_reply, prompts
 from torch import Tensor
 
 from medusa_ray.medusa import attention, reference
@@ -28,6 +28,7 @@ from medusa_ray.medusa.cache import NULL_PAGE, PAGE_SIZE, KVShape, PagedCache, s
 from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.tree import Tree, ancestor_bits
+from medusa_ray.medusa.treepass import TreePass
 
 pytestmark = [
     pytest.mark.long,
@@ -66,7 +67,7 @@ CASES = [
     Case(nodes=26, groups=2, head_size=32, window=70, splits=6, lengths=(0, 45, 71, 190)),
     Case(nodes=26, groups=8, head_size=16, has_sink=True, splits=7, lengths=(2, 300)),
     Case(nodes=64, groups=1, head_size=96, window=5, splits=2, lengths=(0, 100)),
-    Case(nodes=64, groups=4, head_size=16, splits=8, lengths=(0, 63, 500)),
+    Case(nodes=64, groups=4, head_size=16, splits=8, lengths=(63, 260)),
     Case(nodes=64, groups=2, head_size=32, softcap=2.0, has_sink=True, lengths=(1, 150)),
 ]
 
@@ -276,7 +277,7 @@ def rows_beside_padding(case: Case, length: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("length", [0, 64, 10**6])
+@pytest.mark.parametrize("length", [64, 10**6])
 def test_a_row_of_null_pages_is_harmless_whatever_its_length(interpreted, length, splits, window):
     """A captured batch has idle rows, whose lengths nobody keeps; reading past the page table is a fault on a GPU."""
     case = Case(nodes=3, groups=2, head_size=16, window=window, splits=splits)
@@ -285,22 +286,35 @@ def test_a_row_of_null_pages_is_harmless_whatever_its_length(interpreted, length
     assert both[-1].isfinite().all()
 
 
-def compiled_and_eager(case: Case) -> tuple[Tensor, Tensor]:
-    """Cache write and attention, captured as one graph: it must break nowhere."""
-    problem, again = Problem.of(case), Problem.of(case)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(tables: TreeTables, write_BT: Tensor, position_BT: Tensor) -> Tensor:
-        pools = problem.cache.keys, problem.cache.values
-        return problem.attend(Step(*pools, write_BT, position_BT, tree=tables))
-
-    out = compiled(problem.tables, problem.write_BT, problem.length_B[:, None] + problem.depth_T)
-    return out, again.by_kernel()
+def serve(architecture: str, device: str) -> Backbone:
+    """A random base; loading it compares plain transformers with the engine's way, which is the kernel's here."""
+    model_type, settings = ARCHITECTURES[architecture]
+    backbone = Backbone(build(model_type, **settings).to(device))
+    assert attention.is_kernel_trusted, "the base differs with the kernel and not without it"
+    return backbone
 
 
-def test_torch_compile_captures_the_step_whole(interpreted):
-    compiled, eager = interpreted(compiled_and_eager, Case(nodes=3, groups=2, head_size=16, window=20))
-    assert compiled.equal(eager)
+def compiled_and_eager(architecture: str) -> list[list[Tensor]]:
+    """Logits, hidden states and the caches of one pass, captured whole and not."""
+    backbone, tree = serve(architecture, "cpu"), Tree.chain(3)
+    outcomes = []
+    for of in (TreePass(backbone), torch.compile(TreePass(backbone), backend="aot_eager", fullgraph=True)):
+        cache = PagedCache(backbone.kv_shapes, 4, backbone.dtype, backbone.device)
+        for pool in (*cache.keys, *cache.values):
+            pool.copy_(torch.linspace(-1, 1, pool.numel()).view_as(pool))
+        table_BP, length_B = 1 + torch.arange(4).view(2, 2), torch.tensor([5, 62])
+        token_BN = torch.arange(8).view(2, 4)
+        pools = cache.keys, cache.values
+        with torch.inference_mode():
+            outputs = of(token_BN, length_B, table_BP, tree.depth_N, tree.mask_NN, token_BN % 4, *pools)
+        outcomes.append([*outputs, *cache.keys, *cache.values])
+    return outcomes
+
+
+def test_torch_compile_captures_a_pass_whole(interpreted):
+    """A break in the graph, or a cache that the graph changes in a copy of its own."""
+    eager, compiled = interpreted(compiled_and_eager, "gemma2")
+    assert all(map(torch.equal, eager, compiled))
 
 
 def check_op(case: Case) -> dict[str, str]:
@@ -368,10 +382,24 @@ def test_greedy_replies_by_the_kernel_equal_those_of_generate(interpreted, tiny_
     assert num_steps == num_tokens if tree is None else num_steps < num_tokens
 
 
-def serve(architecture: str, device: str) -> Backbone:
-    """A random base; loading it compares plain transformers with the engine's way, which is the kernel's here."""
+def replies_of(architecture: str, device: str) -> list[list[list[int]]]:
+    """The engine's over the widest tree, and those of transformers' generate."""
     model_type, settings = ARCHITECTURES[architecture]
-    return Backbone(build(model_type, **settings).to(device))
+    model = build(model_type, **settings).to(device)
+    expected = [plain_reply(model, prompt, NEW_TOKENS) for prompt in prompts()]
+    tree = Tree.published()
+    heads = MedusaHeads(tree.depth, hidden_size=model.config.hidden_size, vocab_size=VOCAB).to(device).eval()
+    engine = Engine(Backbone(model), heads, tree, max_total_tokens=128)
+    assert attention.is_kernel_trusted, "the base differs with the kernel and not without it"
+    done = engine.generate(prompts(), max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return [[completion.token_ids for completion in done], expected]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_says_by_the_kernel_what_generate_says(interpreted, architecture):
+    ours, expected = interpreted(replies_of, architecture, "cpu")
+    assert ours == expected
 
 
 def check_conformance(architecture: str) -> int:
@@ -398,22 +426,20 @@ def test_the_package_needs_no_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("case", "dtype"),
+    ("capability", "dtype", "case"),
     [
-        (Case(nodes=1, groups=4, head_size=128, splits=1), torch.bfloat16),
-        (Case(nodes=16, groups=4, head_size=128, splits=4), torch.bfloat16),
-        (Case(nodes=16, groups=4, head_size=128, splits=4), torch.float32),
-        (Case(nodes=26, groups=2, head_size=256, window=4096, softcap=50.0, splits=32), torch.bfloat16),
-        (
-            Case(nodes=64, groups=8, head_size=64, window=128, has_sink=True, splits=1, lengths=(5,)),
-            torch.float16,
-        ),
+        (80, torch.bfloat16, Case(nodes=16, groups=4, head_size=128, splits=4)),
+        (90, torch.bfloat16, Case(nodes=16, groups=4, head_size=128, splits=4)),
+        (90, torch.bfloat16, Case(nodes=1, groups=4, head_size=128, splits=1)),
+        (90, torch.float32, Case(nodes=16, groups=4, head_size=128, splits=1)),
+        (90, torch.bfloat16, Case(nodes=16, groups=1, head_size=192, value_size=128, splits=1)),
+        (80, torch.bfloat16, Case(nodes=26, groups=2, head_size=256, window=512, softcap=50.0, splits=32)),
+        (90, torch.float16, Case(nodes=64, groups=8, head_size=64, window=128, has_sink=True, splits=1)),
     ],
     ids=str,
 )
-def test_the_kernels_compile_for_gpus(monkeypatch, tmp_path, case, dtype, capability):
+def test_the_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, dtype, case):
     """What the interpreter lets pass, the compiler may refuse; more shared memory than the GPU has is refused later."""
     from medusa_ray.medusa import kernels
 
@@ -468,7 +494,7 @@ def shared_memory(kernel: Any, arguments: tuple[Any, ...], options: dict[str, An
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_compiled_kernel_equals_the_slow_loop(case, dtype, tolerance):
     problem = Problem.of(case, "cuda", dtype)
@@ -494,14 +520,8 @@ def test_one_cuda_graph_serves_contexts_of_any_length():
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_says_on_a_gpu_what_generate_says(architecture):
-    backbone = serve(architecture, "cuda")
-    tree = Tree.published()
-    heads = MedusaHeads(tree.depth, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
-    engine = Engine(backbone, heads.to("cuda").eval(), tree, max_total_tokens=128)
-    done = engine.generate(prompts(), max_new_tokens=NEW_TOKENS)
-    assert [d.token_ids for d in done] == reference.generate(
-        backbone.model, prompts(), NEW_TOKENS, batch_size=1
-    )
+    ours, expected = replies_of(architecture, "cuda")
+    assert ours == expected
 
 
 @pytest.mark.gpu
