@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 
-from medusa_ray.medusa.tree import Tree
+from medusa_ray.medusa.tree import Tree, ancestor_bits
 
 
 def test_the_drawn_tree_has_the_drawn_mask():
     tree = Tree.from_paths([(0,), (1,), (0, 0)])
     assert tree.mask_NN.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    assert ancestor_bits(tree.mask_NN).tolist() == [0b1, 0b11, 0b101, 0b1011]
     assert tree.depth_N.tolist() == [0, 1, 1, 2]
     assert tree.parent_N.tolist() == [0, 0, 0, 1]
     assert tree.walk_ND.tolist() == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]]
@@ -23,6 +24,7 @@ def test_a_chain_takes_each_heads_best_guess():
     assert chain.paths == ((0,), (0, 0), (0, 0, 0))
     assert all(chain.is_in_place)
     assert chain.mask_NN.equal(torch.ones(4, 4).tril().bool())
+    assert ancestor_bits(Tree.chain(63).mask_NN).tolist() == [*(2**n - 1 for n in range(1, 64)), -1]
 
 
 def test_the_published_tree_has_63_guesses_of_four_heads_with_at_most_ten_ranks():
