@@ -67,7 +67,7 @@ CASES = [
     Case(nodes=26, groups=2, head_size=32, window=70, splits=6, lengths=(0, 45, 71, 190)),
     Case(nodes=26, groups=8, head_size=16, has_sink=True, splits=7, lengths=(2, 300)),
     Case(nodes=64, groups=1, head_size=96, window=5, splits=2, lengths=(0, 100)),
-    Case(nodes=64, groups=4, head_size=16, splits=8, lengths=(63, 260)),
+    Case(nodes=64, groups=4, head_size=16, splits=8, lengths=(0, 63, 500)),
     Case(nodes=64, groups=2, head_size=32, softcap=2.0, has_sink=True, lengths=(1, 150)),
 ]
 
@@ -277,7 +277,7 @@ def rows_beside_padding(case: Case, length: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("length", [64, 10**6])
+@pytest.mark.parametrize("length", [0, 64, 10**6])
 def test_a_row_of_null_pages_is_harmless_whatever_its_length(interpreted, length, splits, window):
     """A captured batch has idle rows, whose lengths nobody keeps; reading past the page table is a fault on a GPU."""
     case = Case(nodes=3, groups=2, head_size=16, window=window, splits=splits)
@@ -494,7 +494,7 @@ def shared_memory(kernel: Any, arguments: tuple[Any, ...], options: dict[str, An
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_compiled_kernel_equals_the_slow_loop(case, dtype, tolerance):
     problem = Problem.of(case, "cuda", dtype)
