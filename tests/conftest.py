@@ -79,6 +79,28 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 90, (12,), generator=generator).tolist()
+    return [[1, *torch.randint(6, 262, (n,), generator=generator).tolist()] for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def plain_replies(tiny_base: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers' own generate says, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    return [
+        model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for every test marked `ray`: four logical CPUs, whatever the machine has."""
     import ray

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_heads import OracleHeads
-from test_engine import TREES, plain_replies, prompts  # noqa: F401  # fixtures
+from test_engine import TREES
 from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa import compiled
@@ -45,7 +45,7 @@ def compiled_engine(base: Path, tree: str | None = None, **options) -> Engine:
 @needs_compiler
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
 @pytest.mark.parametrize("tree", [None, "chain", "tree"])
-def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replies, tree, batch_size):  # noqa: F811
+def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replies, tree, batch_size):
     """One package serves all numbers of rows, nodes and pages: a number that was compiled in would show here."""
     engine = compiled_engine(tiny_base, tree, max_batch_size=batch_size)
     assert engine.mode == "compiled"
@@ -55,7 +55,7 @@ def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replie
 
 
 @needs_compiler
-def test_sampled_replies_equal_the_eager_ones(cache, tiny_base, prompts):  # noqa: F811
+def test_sampled_replies_equal_the_eager_ones(cache, tiny_base, prompts):
     settings = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": list(range(len(prompts)))}
     eager = Engine.load(str(tiny_base), max_total_tokens=256).generate(prompts, **settings)
     fast = compiled_engine(tiny_base, max_batch_size=5).generate(prompts, **settings)
@@ -105,7 +105,7 @@ def test_a_loaded_model_has_no_folder_to_build_from(tiny_base):
 
 
 @needs_compiler
-def test_an_engine_serves_eagerly_until_its_pass_is_built(cache, tiny_base, prompts, plain_replies):  # noqa: F811
+def test_an_engine_serves_eagerly_until_its_pass_is_built(cache, tiny_base, prompts, plain_replies):
     engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="background")
     deadline = time.monotonic() + 60
     while engine.mode == "eager" and time.monotonic() < deadline:

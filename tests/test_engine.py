@@ -22,23 +22,6 @@ TREES = {
 }
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 90, (12,), generator=generator).tolist()
-    return [[1, *torch.randint(6, 262, (n,), generator=generator).tolist()] for n in lengths]
-
-
-@pytest.fixture(scope="module")
-def plain_replies(tiny_base: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers' own generate says, one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    return [
-        model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist()
-        for p in prompts
-    ]
-
-
 def engine_of(base: Path, tree: Tree | None = None, **options) -> Engine:
     backbone = Backbone.load(str(base), torch.float32, "cpu")
     heads = OracleHeads(backbone.hidden_size, backbone.vocab_size) if tree else None
