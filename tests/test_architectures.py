@@ -396,8 +396,9 @@ def test_an_encoder_decoder_and_a_model_without_an_output_layer_are_refused():
 def test_a_model_whose_layers_take_no_further_arguments_is_refused(monkeypatch):
     right = LlamaAttention.forward
 
-    def narrow(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, use_cache=False,
-               position_ids=None):  # fmt: skip
+    # past_key_values and cache are one argument, renamed in transformers 5.24.
+    def narrow(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, cache=None,
+               use_cache=False, position_ids=None):  # fmt: skip
         return right(self, hidden_states, position_embeddings, attention_mask)
 
     monkeypatch.setattr(LlamaAttention, "forward", narrow)
