@@ -25,7 +25,7 @@ TOKENS = [7, 10, 11, 20, 30, 31]  # root; its children 10 and 11; 20 under 10; 3
     ],
 )
 def test_the_walk_goes_as_far_as_the_base_agrees(target, node, committed):
-    node_B, committed_BD = walk(torch.tensor([TOKENS]), torch.tensor([target]), TREE)
+    node_B, committed_BD = walk(torch.tensor([TOKENS]), torch.tensor([target]), TREE.shape)
     assert node_B.tolist() == [node]
     assert committed_BD[0, : len(committed)].tolist() == committed
 
@@ -33,7 +33,7 @@ def test_the_walk_goes_as_far_as_the_base_agrees(target, node, committed):
 def test_rows_of_a_batch_walk_apart():
     token_BN = torch.tensor([TOKENS, TOKENS])
     target_BN = torch.tensor([[10, 20, 0, 55, 0, 0], [99, 0, 0, 0, 0, 0]])
-    node_B, _ = walk(token_BN, target_BN, TREE)
+    node_B, _ = walk(token_BN, target_BN, TREE.shape)
     assert node_B.tolist() == [3, 0]
 
 
@@ -55,7 +55,7 @@ def test_random_trees_agree_with_a_slow_walk():
             if (*path, said) not in tree.paths:
                 break
             path = (*path, said)
-        node_B, committed_BD = walk(token_BN, target_BN, tree)
+        node_B, committed_BD = walk(token_BN, target_BN, tree.shape)
         assert node_B.item() == node
         assert committed_BD[0, : len(committed)].tolist() == committed
 

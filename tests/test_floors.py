@@ -21,7 +21,7 @@ FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
     MATHS: {
         f"medusa.{name}"
-        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels"]
+        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels", "allocator"]
     },
     MODEL: {
         "chat",

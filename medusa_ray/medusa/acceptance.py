@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medusa_ray.medusa.processors import History, process
 from medusa_ray.medusa.sampling import Sampling, Typical, choose
-from medusa_ray.medusa.tree import Tree
+from medusa_ray.medusa.tree import Shape, Tree
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decide(
     scores_BNV = process(logits_BNV, token_BN, tree, sampling, history, allowed_BNV)
     target_BN = choose(scores_BNV, position_BN, sampling)
     if sampling.typical is None:
-        node_B, committed_BD = walk(token_BN, target_BN, tree)
+        node_B, committed_BD = walk(token_BN, target_BN, tree.shape)
     else:
         node_B, committed_BD = walk_typical(token_BN, target_BN, scores_BNV, tree, sampling.typical)
     if sampling.num_logprobs is None:
@@ -98,15 +98,13 @@ def decide(
     return Verdict(node_B, committed_BD, logprob_BD, top.indices, top.values)
 
 
-def walk(token_BN: Tensor, target_BN: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+def walk(token_BN: Tensor, target_BN: Tensor, tree: Shape) -> tuple[Tensor, Tensor]:
     """The deepest node that the base agrees with, and the tokens committed on the way there.
 
     token_BN: token at each node, the root's first. target_BN: the base's own token after each node.
     Returns node_B and committed_BD: the tokens of the walk without the root, then the base's token after node_B;
     only the first depth_N[node_B] + 1 entries of a row count.
     """
-    if len(tree) == 1:
-        return torch.zeros_like(target_BN[:, 0]), target_BN
     # Siblings differ in their tokens, so at most one node of each depth is reached: the deepest ends the walk.
     node_B = _reached_depth(token_BN == target_BN[:, tree.parent_N], tree).argmax(-1)
     return node_B, target_BN.gather(1, tree.walk_ND[node_B])
@@ -132,7 +130,7 @@ def walk_typical(
         log_chance_BN.exp() > least_BN[:, tree.parent_N],
         token_BN == target_BN[:, tree.parent_N],
     )
-    depth_BN = _reached_depth(agrees_BN, tree)
+    depth_BN = _reached_depth(agrees_BN, tree.shape)
     # Chances off the reached nodes may be 0, and their logarithms would spoil the sums.
     counted_BN = log_chance_BN.masked_fill(~agrees_BN, 0)
     counted_BN[:, 0] = 0
@@ -146,7 +144,7 @@ def walk_typical(
     return node_B, torch.where(is_guess_BD, guess_BD, target_BN.gather(1, walk_BD))
 
 
-def _reached_depth(agrees_BN: Tensor, tree: Tree) -> Tensor:
+def _reached_depth(agrees_BN: Tensor, tree: Shape) -> Tensor:
     """depth + 1 of the nodes on whose walk every guess is agreed with, and 0 elsewhere."""
     misses_BN = (~agrees_BN).float()
     misses_BN[:, 0] = 0  # the root is no guess

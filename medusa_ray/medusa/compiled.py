@@ -31,15 +31,19 @@ from torch import Tensor
 from torch.export import Dim
 from transformers.utils.hub import cached_file
 
-from medusa_ray.medusa import attention, backbone, cache, treepass
+from medusa_ray.medusa import acceptance, attention, backbone, cache, treepass
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
+from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import TreePass
 
-Pass = Callable[..., tuple[Tensor, Tensor]]  # as TreePass.forward
+Pass = Callable[..., tuple[Tensor, ...]]  # as TreePass.forward
 
 MAX_ROWS, MAX_NODES, MAX_PAGES = 4096, 4096, 2**16
 # Another order of summation: 1e-6 in float32, a few roundings at 16 bits. A wrong shape or mask gives some tenths.
+# The weights are constants, and those that multiply the same states are joined: on few rows a product costs less than
+# its call.
+INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 
 
@@ -72,10 +76,9 @@ def load_or_build(base: str, dtype: str, revision: str | None = None) -> Pass:
     # base's time.
     run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True).loader.boxed_run
 
-    def compiled_pass(*tensors_and_pools: Any) -> tuple[Tensor, Tensor]:
+    def compiled_pass(*tensors_and_pools: Any) -> tuple[Tensor, ...]:
         *tensors, keys, values = tensors_and_pools
-        logits_BWV, hidden_BWC = run([*tensors, *keys, *values])
-        return logits_BWV, hidden_BWC
+        return tuple(run([*tensors, *keys, *values]))
 
     return compiled_pass
 
@@ -86,7 +89,7 @@ def package_of(base: str, dtype: str, revision: str | None) -> Path:
     assert config is not None
     digest = hashlib.sha256()
     weights = sorted([*Path(config).parent.glob("*.safetensors"), *Path(config).parent.glob("*.bin")])
-    sources = [module.__file__ for module in (attention, backbone, cache, treepass)]
+    sources = [module.__file__ for module in (acceptance, attention, backbone, cache, treepass)]
     for file in (config, *weights, *sources, __file__):
         assert file is not None
         with open(file, "rb") as content:
@@ -107,7 +110,7 @@ def build(base: str, dtype: str, package: Path, revision: str | None = None) -> 
         with torch.no_grad():
             exported = torch.export.export(tree_pass, arguments, dynamic_shapes=shapes, strict=False)
             built = torch._inductor.aoti_compile_and_package(
-                exported, package_path=f"{folder}/{package.name}", inductor_configs={"freezing": True}
+                exported, package_path=f"{folder}/{package.name}", inductor_configs=INDUCTOR
             )
         os.rename(built, package)
 
@@ -119,26 +122,28 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     long prompt as well.
     """
     num_rows, num_nodes, num_pages = 2, 8, 3
+    tree = Tree.chain(num_nodes - 1)
     pool = PagedCache(of.kv_shapes, num_rows * num_pages, of.dtype, of.device)
     table_BP = 1 + torch.arange(num_rows * num_pages).view(num_rows, num_pages)
-    node_N = torch.arange(num_nodes)
     arguments = (
         torch.zeros(num_rows, num_nodes, dtype=torch.long),
         torch.full((num_rows,), PAGE_SIZE),
         table_BP,
-        node_N,
-        node_N[:, None] >= node_N,
-        node_N.expand(num_rows, -1).contiguous(),
+        tree.depth_N,
+        tree.mask_NN,
+        torch.arange(num_nodes).repeat(num_rows, 1),
+        *(table.clone() for table in tree.shape),
         pool.keys,
         pool.values,
     )
     rows, nodes = Dim("rows", min=1, max=MAX_ROWS), Dim("nodes", min=1, max=MAX_NODES)
     wanted, pages = Dim("wanted", min=1, max=MAX_NODES), Dim("pages", min=1, max=MAX_PAGES)
     slots = Dim("slots", min=PAGE_SIZE, max=MAX_PAGES * PAGE_SIZE)
+    depth = Dim("depth", min=1, max=MAX_NODES)
     pools = [{0: slots}] * len(of.kv_shapes)
     shapes = (
         {0: rows, 1: nodes}, {0: rows}, {0: rows, 1: pages}, {0: nodes}, {0: nodes, 1: nodes},
-        {0: rows, 1: wanted}, pools, pools,
+        {0: rows, 1: wanted}, {0: wanted}, {0: wanted, 1: wanted}, {0: wanted}, {0: wanted, 1: depth}, pools, pools,
     )  # fmt: skip
     return arguments, shapes
 
@@ -152,9 +157,10 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
     token_BN = torch.randint(of.vocab_size, (2, 8), generator=draw)
     worst = 0.0
     for num_rows, num_nodes in ((2, 8), (1, 1)):
-        outputs = []
+        outcomes = []
+        shape = Tree.chain(num_nodes - 1).shape
         for run in (ours, theirs):
-            (_, length_B, table_BP, node_N, mask_NN, every_BN, keys, values), _ = example(of)
+            (_, length_B, table_BP, *_, keys, values), _ = example(of)
             fill = torch.Generator().manual_seed(1)
             for pool in (*keys, *values):
                 pool.copy_(torch.randn(pool.shape, generator=fill))
@@ -162,12 +168,13 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
                 token_BN[:num_rows, :num_nodes],
                 length_B[:num_rows],
                 table_BP[:num_rows],
-                node_N[:num_nodes],
-                mask_NN[:num_nodes, :num_nodes],
-                every_BN[:num_rows, :num_nodes],
+                shape.depth_N,
+                shape.mask_NN,
+                torch.arange(num_nodes).repeat(num_rows, 1),
+                *shape,
             )
-            outputs.append(run(*(tensor.contiguous() for tensor in tensors), keys, values))
-        for mine_BNX, other_BNX in zip(*outputs, strict=True):
+            outcomes.append(run(*(tensor.contiguous() for tensor in tensors), keys, values))
+        for mine_BNX, other_BNX in zip(*(outcome[:2] for outcome in outcomes), strict=True):
             apart_BN = (mine_BNX - other_BNX).float().norm(dim=-1) / other_BNX.float().norm(dim=-1)
             worst = max(worst, apart_BN.nan_to_num(math.inf).max().item())
     return worst

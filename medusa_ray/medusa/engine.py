@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ray.medusa import compiled
-from medusa_ray.medusa.acceptance import Logprob, Verdict, decide, unpack
+from medusa_ray.medusa import allocator, compiled
+from medusa_ray.medusa.acceptance import Logprob, decide, unpack
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, slots
 from medusa_ray.medusa.heads import MedusaHeads
@@ -34,7 +34,7 @@ from medusa_ray.medusa.sampling import Sampling, Settings
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer
 from medusa_ray.medusa.tree import RankPath, Tree
-from medusa_ray.medusa.treepass import TreePass
+from medusa_ray.medusa.treepass import Ahead, Outcome, TreePass, advance
 
 log = logging.getLogger("medusa_ray")
 
@@ -82,9 +82,7 @@ class Counters:
 class Batch:
     """State of the running sequences on the device, a row each."""
 
-    root_B: Tensor
-    hidden_BC: Tensor  # at the token before the root
-    length_B: Tensor  # tokens in the cache; the root's position
+    ahead: Ahead
     table_BP: Tensor
     sampling: Sampling
     history: History | None  # when the sampling is penalised
@@ -116,6 +114,8 @@ class Engine:
                 f"{type(backbone.model).__name__} follow the longest sequence of the batch, so that a reply would "
                 f"depend on its neighbours. Set max_total_tokens to at most {backbone.rope_limit}."
             )
+        if backbone.device.type == "cpu":
+            allocator.keep_freed_memory()
         self.backbone, self.heads = backbone, heads
         self.is_adaptive = is_adaptive and len(tree) > 1
         self.sizer: TreeSizer | None = None
@@ -255,8 +255,7 @@ class Engine:
             return []
         batch, tree = self._batch, self._pick_tree()
         longest = max(sequence.num_cached for sequence in self.scheduler.running)
-        verdict, hidden_BNC = self._try(batch, tree, longest)
-        deltas = self._commit(batch, tree, verdict, hidden_BNC)
+        deltas = self._commit(batch, tree, self._try(batch, tree, longest))
         self._drop(self.scheduler.release())
         return deltas
 
@@ -267,18 +266,24 @@ class Engine:
         sizer = self.sizer or self.measure()
         return self.trees[sizer.pick(len(self.scheduler.running))]
 
-    def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Verdict, Tensor]:
-        """What the base commits, and the hidden states at all nodes. longest: cached tokens."""
+    def _try(self, batch: Batch, tree: Tree, longest: int) -> Outcome:
+        """What the base says of the tree, and commits. longest: cached tokens."""
         token_BN = self._propose(batch, tree)
-        allowed_BNV = self._allowed(self.scheduler.running, batch.sampling, token_BN, tree)
         every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
         table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
-        logits_BNV, hidden_BNC = self._run(
-            token_BN, batch.length_B, table_BP, tree.depth_N, tree.mask_NN, every_BN
+        outcome = self._run(
+            token_BN, batch.ahead.length_B, table_BP, tree.depth_N, tree.mask_NN, every_BN, *tree.shape
         )
-        position_BN = batch.length_B[:, None] + tree.depth_N + 1
+        if batch.sampling.is_plain:
+            return outcome
+        logits_BNV, hidden_BNC, *_ = outcome
+        allowed_BNV = self._allowed(self.scheduler.running, batch.sampling, token_BN, tree)
+        position_BN = batch.ahead.length_B[:, None] + tree.depth_N + 1
         verdict = decide(logits_BNV, token_BN, position_BN, tree, batch.sampling, batch.history, allowed_BNV)
-        return verdict, hidden_BNC
+        if batch.history is not None:
+            batch.history.add(verdict.committed_BD, tree.depth_N[verdict.node_B] + 1)
+        ahead = advance(verdict, hidden_BNC, batch.ahead.length_B, tree.depth_N)
+        return Outcome(logits_BNV, hidden_BNC, verdict.pack(), *ahead)
 
     def _allowed(
         self, sequences: list[Sequence], sampling: Sampling, token_BN: Tensor, tree: Tree
@@ -296,38 +301,32 @@ class Engine:
         )
         return masks_BNV.to(token_BN.device)
 
-    def _run(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and hidden states of one pass; arguments as TreePass.forward takes them."""
+    def _run(self, *tensors: Tensor) -> Outcome:
+        """One pass; arguments as TreePass.forward takes them."""
         # A compiled pass takes it for granted that tensors are contiguous.
-        return self._pass(*(tensor.contiguous() for tensor in tensors), self.cache.keys, self.cache.values)
+        return Outcome(*self._pass(*(t.contiguous() for t in tensors), self.cache.keys, self.cache.values))
 
     def _propose(self, batch: Batch, tree: Tree) -> Tensor:
         """Token of each node: the root, then the heads' guesses."""
+        root_B1 = batch.ahead.root_B[:, None]
         if self._guesser is None or len(tree) == 1:
-            return batch.root_B[:, None]
-        guess_BHK = self._guesser.topk(batch.hidden_BC, tree.num_ranks)
-        return torch.cat([batch.root_B[:, None], guess_BHK.flatten(1)], 1)[:, tree.guess_N]
+            return root_B1
+        guess_BHK = self._guesser.topk(batch.ahead.hidden_BC, tree.num_ranks)
+        return torch.cat([root_B1, guess_BHK.flatten(1)], 1)[:, tree.guess_N]
 
-    def _commit(
-        self, batch: Batch, tree: Tree, verdict: Verdict, hidden_BNC: Tensor
-    ) -> list[tuple[Sequence, Delta]]:
+    def _commit(self, batch: Batch, tree: Tree, outcome: Outcome) -> list[tuple[Sequence, Delta]]:
         """Takes the agreed tokens into each sequence and its keys and values into their place."""
-        node_B, committed_BD = verdict.node_B, verdict.committed_BD
-        rows = [unpack(row, tree.depth + 1) for row in verdict.pack().tolist()]  # the one sync of this step
+        # The one sync of this step.
+        rows = [unpack(row, tree.depth + 1) for row in outcome.verdict_BX.tolist()]
         if not all(tree.is_in_place[node] for node, *_ in rows):
-            self._compact(batch, tree, node_B)
-        depth_B = tree.depth_N[node_B]
-        batch.length_B = batch.length_B + depth_B + 1
-        batch.root_B = committed_BD.gather(1, depth_B[:, None])[:, 0]
-        batch.hidden_BC = hidden_BNC[self._node_N[: len(rows)], node_B]
-        if batch.history is not None:
-            batch.history.add(committed_BD, depth_B + 1)
+            self._compact(batch, tree, outcome.verdict_BX[:, 0].long())
+        batch.ahead = Ahead(outcome.root_B, outcome.hidden_BC, outcome.length_B)
         deltas = []
         for row, (node, committed, logprobs) in enumerate(rows):
             sequence = self.scheduler.running[row]
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(hidden_BNC[row, tree.walk_ND[node, : len(taken)]])
+                sequence.hidden_parts.append(outcome.hidden_BWC[row, tree.walk_ND[node, : len(taken)]])
             self._count(sequence, len(tree), len(taken))
             deltas.append((sequence, _delta(sequence, taken, logprobs)))
         if self.sizer is not None:
@@ -337,8 +336,9 @@ class Engine:
     def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:
         walk_BD = tree.walk_ND[node_B]
         # The last node of a short walk is repeated, and lands where the next step writes anyway.
-        from_BD = slots(batch.table_BP, batch.length_B[:, None] + walk_BD)
-        to_BD = slots(batch.table_BP, batch.length_B[:, None] + self._node_N[: walk_BD.shape[1]])
+        length_B1 = batch.ahead.length_B[:, None]
+        from_BD = slots(batch.table_BP, length_B1 + walk_BD)
+        to_BD = slots(batch.table_BP, length_B1 + self._node_N[: walk_BD.shape[1]])
         self.cache.compact(from_BD, to_BD)
 
     # ------------------------------------------------------------------------------- joining and leaving
@@ -358,61 +358,61 @@ class Engine:
         table_BP = self.cache.page_table([sequence.pages for sequence in group], width)
         place_T = torch.arange(longest, device=device)
         sees_TT = place_T[:, None] >= place_T
-        logits_B1V, hidden_B1C = self._run(
-            token_BT, done_B, table_BP, place_T, sees_TT, length_B[:, None] - 1
+        outcome = self._run(
+            token_BT, done_B, table_BP, place_T, sees_TT, length_B[:, None] - 1, *self._root_only.shape
         )
         for sequence, length in zip(group, lengths, strict=True):
             sequence.num_prefilled += length
         self.counters.num_prompt_tokens += sum(lengths)
         whole = [row for row, sequence in enumerate(group) if not sequence.num_left]
-        return self._start([group[row] for row in whole], logits_B1V[whole], hidden_B1C[whole, 0])
+        return self._start(
+            [group[row] for row in whole],
+            outcome.logits_BWV[whole],
+            Ahead(outcome.root_B[whole], outcome.hidden_BC[whole], (done_B + length_B)[whole]),
+        )
 
     def _start(
-        self, group: list[Sequence], logits_B1V: Tensor, hidden_BC: Tensor
+        self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead
     ) -> list[tuple[Sequence, Delta]]:
-        """Commits the first token of sequences and adds their rows to the batch."""
+        """Commits the first token of sequences and adds their rows to the batch. ahead: where all are greedy."""
         if not group:
             return []
-        device = self.backbone.device
-        length_B = torch.tensor([sequence.num_prefilled for sequence in group], device=device)
-        last_B1 = torch.tensor([sequence.request.prompt_ids[-1:] for sequence in group], device=device)
         sampling, history = self._sampling(group)
+        last_B1 = torch.tensor([s.request.prompt_ids[-1:] for s in group], device=logits_B1V.device)
         allowed_B1V = self._allowed(group, sampling, last_B1, self._root_only)
         verdict = decide(
-            logits_B1V, last_B1, length_B[:, None], self._root_only, sampling, history, allowed_B1V
+            logits_B1V, last_B1, ahead.length_B[:, None], self._root_only, sampling, history, allowed_B1V
         )
         deltas = []
         for row, (sequence, packed) in enumerate(zip(group, verdict.pack().tolist(), strict=True)):
             _, root, logprobs = unpack(packed, 1)
             taken = sequence.extend(root)
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(hidden_BC[row : row + len(taken)])
+                sequence.hidden_parts.append(ahead.hidden_BC[row : row + len(taken)])
             self.counters.num_generated_tokens += len(taken)
             deltas.append((sequence, _delta(sequence, taken, logprobs)))
-        root_B = verdict.committed_BD[:, 0]
         self.scheduler.start(group)
+        ahead = ahead._replace(root_B=verdict.committed_BD[:, 0])
         if self._batch is not None:
-            root_B = torch.cat([self._batch.root_B, root_B])
-            hidden_BC = torch.cat([self._batch.hidden_BC, hidden_BC])
-            length_B = torch.cat([self._batch.length_B, length_B])
-        self._rebuild(root_B, hidden_BC, length_B)
+            ahead = Ahead(*map(torch.cat, zip(self._batch.ahead, ahead, strict=True)))
+        self._rebuild(ahead)
         return deltas
 
     def _drop(self, stay: list[int]) -> None:
         """Keeps the rows that stay."""
         batch = self._batch
-        if batch is None or len(stay) == len(batch.root_B):
+        if batch is None or len(stay) == len(batch.ahead.root_B):
             return
         rows = torch.tensor(stay, dtype=torch.long, device=self.backbone.device)
-        self._rebuild(batch.root_B[rows], batch.hidden_BC[rows], batch.length_B[rows])
+        self._rebuild(Ahead(*(tensor[rows] for tensor in batch.ahead)))
 
-    def _rebuild(self, root_B: Tensor, hidden_BC: Tensor, length_B: Tensor) -> None:
+    def _rebuild(self, ahead: Ahead) -> None:
         """Makes these rows, those of the running sequences, the batch."""
         self._batch = None
         if sequences := self.scheduler.running:
             width = max(len(sequence.pages) for sequence in sequences)
             table_BP = self.cache.page_table([sequence.pages for sequence in sequences], width)
-            self._batch = Batch(root_B, hidden_BC, length_B, table_BP, *self._sampling(sequences))
+            self._batch = Batch(ahead, table_BP, *self._sampling(sequences))
 
     def _sampling(self, sequences: list[Sequence]) -> tuple[Sampling, History | None]:
         """Settings of the rows, and the tokens that the penalised ones have seen."""
@@ -467,12 +467,11 @@ class Engine:
         width = PagedCache.pages_for(context + len(self.tree))
         table_BP = self.cache.page_table([[]] * num_rows, width)
         sampling = Sampling.of([Settings()] * num_rows, [0] * num_rows, self.vocab_size, token_B.device)
-        return Batch(token_B, hidden_BC, token_B + context, table_BP, sampling, None)
+        return Batch(Ahead(token_B, hidden_BC, token_B + context), table_BP, sampling, None)
 
     def _time(self, batch: Batch, tree: Tree, context: int) -> float:
         started = time.perf_counter()
-        verdict, _ = self._try(batch, tree, context)
-        verdict.pack().tolist()
+        self._try(batch, tree, context).verdict_BX.tolist()
         return time.perf_counter() - started
 
     # ------------------------------------------------------------------------------------------- requests

@@ -130,6 +130,12 @@ class Sampling:
     is_masked: bool  # some request has allowed_tokens
     num_logprobs: int | None  # alternatives of the request that wants most
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every request wants the likeliest token as it is, and nothing else of the scores."""
+        changes = self.bias_BV, self.penalties, self.num_logprobs
+        return self.is_greedy and not self.is_masked and all(change is None for change in changes)
+
     @classmethod
     def of(
         cls, requests: Sequence[Settings], seeds: Sequence[int], vocab_size: int, device: torch.device

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ PUBLISHED = (
     "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 "
     "0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
 )
+
+
+class Shape(NamedTuple):
+    """What a walk needs to know of a tree."""
+
+    depth_N: Tensor
+    mask_NN: Tensor
+    parent_N: Tensor
+    walk_ND: Tensor
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,10 @@ class Tree:
             walk_ND[node] = walk_ND[parent]
             walk_ND[node, depth:] = node
         return walk_ND
+
+    @cached_property
+    def shape(self) -> Shape:
+        return Shape(self.depth_N, self.mask_NN, self.parent_N, self.walk_ND)
 
     def prefix(self, num_nodes: int) -> "Tree":
         """The tree of the first nodes, the root counted, that takes its guesses from as many ranks as this one."""
