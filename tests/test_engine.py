@@ -110,7 +110,7 @@ def random_schedule(engine: Engine, requests: list[Request], chance: random.Rand
                 if chance.random() < 0.2:
                     doomed.append(sequences[-1])
         if doomed and chance.random() < 0.3:
-            doomed.pop().is_cancelled = True
+            engine.cancel(doomed.pop())
         engine.step()
     return sequences
 

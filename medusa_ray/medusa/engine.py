@@ -46,7 +46,7 @@ class Delta:
     """What one step added to one reply."""
 
     token_ids: list[int]
-    finish_reason: str | None  # stop | length | cancelled
+    finish_reason: str | None  # stop | length | deadline | cancelled
     num_steps: int  # so far, the prefill left out
     accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
     num_guesses: int = 0  # so far
@@ -102,9 +102,11 @@ class Engine:
         max_total_tokens: int = 2048,
         is_adaptive: bool = False,
         shares_prefixes: bool = True,
+        max_waiting: int | None = None,
     ) -> None:
         """is_adaptive: steps take as much of the tree as pays at the load. shares_prefixes: prompts that begin alike
-        share what the base computed of that; when measuring, the second time of a prompt would flatter.
+        share what the base computed of that; when measuring, the second time of a prompt would flatter. max_waiting:
+        requests that `add` takes beyond max_batch_size; None for any number.
 
         Raises ValueError when base, heads and tree do not fit together.
         """
@@ -125,7 +127,7 @@ class Engine:
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
-        self.scheduler = Scheduler(self.cache, max_batch_size, num_slack=len(tree))
+        self.scheduler = Scheduler(self.cache, max_batch_size, len(tree), max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None
         self._guesser = heads.stack() if heads else None
@@ -150,6 +152,7 @@ class Engine:
         revision: str | None = None,
         compile: Literal["no", "wait", "background"] = "no",
         shares_prefixes: bool = True,
+        max_waiting: int | None = None,
     ) -> "Engine":
         """The engine of a base and its heads.
 
@@ -158,7 +161,8 @@ class Engine:
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
         or hub name, which takes a while the first time, or build it in the "background"; where there is none it runs
-        eagerly, and `mode` says so. shares_prefixes as in Engine(). Raises ValueError for what cannot be served.
+        eagerly, and `mode` says so. shares_prefixes, max_waiting as in Engine(). Raises ValueError for what cannot be
+        served.
         """
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
@@ -186,6 +190,7 @@ class Engine:
             max_total_tokens,
             tree == "auto",
             shares_prefixes,
+            max_waiting,
         )
         if compile == "wait":
             engine.compile(str(base), dtype, revision)
@@ -240,11 +245,15 @@ class Engine:
 
     @torch.inference_mode()
     def _take_in(self) -> list[tuple[Sequence, Delta]]:
-        """Moves prompts on by one pass; the first token of each sequence whose prompt this completes."""
+        """Moves prompts on by one pass; the end of each sequence that is cancelled or late, and the first token of
+        each whose prompt this completes."""
         self._adopt()
+        deltas = [(sequence, _delta(sequence, [], None)) for sequence in self.scheduler.end_early()]
+        if deltas:
+            self._drop(self.scheduler.release())
         self.scheduler.admit()
-        group = self.scheduler.next_group(PREFILL_TOKENS)
-        deltas = self._prefill(group) if group else []
+        if group := self.scheduler.next_group(PREFILL_TOKENS):
+            deltas += self._prefill(group)
         self._drop(self.scheduler.release())
         return deltas
 
@@ -488,13 +497,18 @@ class Engine:
             )
 
     def add(self, request: Request) -> Sequence:
-        """Queues a request. Raises ValueError when it can never be served, RuntimeError when the engine has failed."""
+        """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
+        now, RuntimeError when the engine has failed."""
         self.check(request)
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}")
         sequence = Sequence(request, self.eos_ids)
         self.scheduler.add(sequence)
         return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Lets the next step end a sequence, with the tokens that it has then, unless it has ended by itself."""
+        self.scheduler.cancel(sequence)
 
     def generate(
         self,
@@ -516,8 +530,10 @@ class Engine:
         ]
         for request in requests:
             self.check(request)
-        sequences = [self.add(request) for request in requests]
-        while not all(sequence.finish_reason for sequence in sequences):
+        sequences: list[Sequence] = []
+        while len(sequences) < len(requests) or not all(sequence.finish_reason for sequence in sequences):
+            while len(sequences) < len(requests) and self.scheduler.has_room:
+                sequences.append(self.add(requests[len(sequences)]))
             self.step()
         return [_completion(sequence) for sequence in sequences]
 
@@ -539,7 +555,7 @@ class Engine:
                     return
         finally:
             self._readers.pop(sequence, None)
-            sequence.is_cancelled = True  # the next step lets it go, if it has not ended by itself
+            self.cancel(sequence)
 
     def _serve(self) -> None:
         """Body of the engine's thread: steps while there is work, and sleeps while there is none."""
