@@ -153,7 +153,7 @@ def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts
     # Each size in turn, whatever it costs.
     sizes = itertools.cycle(engine.trees)
     engine.sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
-    engine.sizer.pick = lambda num_rows: next(sizes)
+    engine.sizer.pick = lambda num_rows, share: next(sizes)
     assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
     assert list(engine.trees) == [1, 2, 3, 5, 9]
     assert engine.sizer.chances[1] != 0.5, "nothing was learnt"

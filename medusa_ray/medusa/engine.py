@@ -271,10 +271,14 @@ class Engine:
 
     def _pick_tree(self) -> Tree:
         """As much of the tree as pays with the sequences that run."""
+        running = self.scheduler.running
+        num_speculating = sum(sequence.request.speculates for sequence in running)
+        if not num_speculating:
+            return self._root_only
         if not self.is_adaptive:
             return self.tree
         sizer = self.sizer or self.measure()
-        return self.trees[sizer.pick(len(self.scheduler.running))]
+        return self.trees[sizer.pick(len(running), num_speculating / len(running))]
 
     def _try(self, batch: Batch, tree: Tree, longest: int) -> tuple[Verdict, Tensor]:
         """What the base commits, and the hidden states at all nodes. longest: cached tokens."""
@@ -337,10 +341,11 @@ class Engine:
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
                 sequence.hidden_parts.append(hidden_BNC[row, tree.walk_ND[node, : len(taken)]])
-            self._count(sequence, len(tree), len(taken))
+            self._count(sequence, len(tree) if sequence.request.speculates else 1, len(taken))
             deltas.append((sequence, _delta(sequence, taken, logprobs)))
         if self.sizer is not None:
-            self.sizer.learn(len(tree), [node for node, *_ in rows])
+            ends = [node for (node, *_), (s, _) in zip(rows, deltas, strict=True) if s.request.speculates]
+            self.sizer.learn(len(tree), ends)
         return deltas
 
     def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:

@@ -62,6 +62,9 @@ class Settings:
     acceptance: Literal["exact", "typical"] = "exact"  # typical changes what is generated: see acceptance.py
     typical_threshold: float = 0.09  # epsilon and alpha of the Medusa paper, as its authors' code has them
     typical_alpha: float = 0.3
+    speculates: bool = (
+        True  # False: no guesses are verified for it, which changes its steps and not its tokens
+    )
 
     @property
     def is_penalised(self) -> bool:
@@ -129,6 +132,7 @@ class Sampling:
     typical: Typical | None
     is_masked: bool  # some request has allowed_tokens
     num_logprobs: int | None  # alternatives of the request that wants most
+    speculates_B: Tensor | None  # rows that want guesses
 
     @classmethod
     def of(
@@ -158,6 +162,11 @@ class Sampling:
             typical=_typical(requests, device),
             is_masked=any(r.allowed_tokens is not None for r in requests),
             num_logprobs=max((r.logprobs for r in requests if r.logprobs is not None), default=None),
+            speculates_B=(
+                None
+                if all(r.speculates for r in requests)
+                else torch.tensor([r.speculates for r in requests], device=device)
+            ),
         )
 
 
