@@ -1,4 +1,4 @@
-"""Who waits, joins, runs and leaves, and which pages they hold: by the scheduler alone and through the engine's steps."""
+"""Who waits, joins, runs and leaves, and which pages they hold: by the scheduler alone and by the engine's steps."""
 
 import threading
 from pathlib import Path

@@ -501,6 +501,10 @@ class Engine:
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
 
+    def check_room(self) -> None:
+        """Raises QueueFull when `add` would: before the work of making a request."""
+        self.scheduler.check_room()
+
     def add(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
         now, RuntimeError when the engine has failed."""

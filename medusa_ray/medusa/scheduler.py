@@ -136,14 +136,17 @@ class Scheduler:
     def has_room(self) -> bool:
         return self.num_open < self.max_open
 
+    def check_room(self) -> None:
+        if not self.has_room:
+            raise QueueFull(
+                f"{self.num_open} requests run or wait here, and no more than {self.max_open} may, of which "
+                f"{self.max_batch_size} run"
+            )
+
     def add(self, sequence: Sequence) -> None:
         """Safe to call while a step runs in another thread. Raises QueueFull where max_waiting forbids one more."""
         with self._lock:
-            if not self.has_room:
-                raise QueueFull(
-                    f"{self.num_open} requests run or wait here, and no more than {self.max_open} may "
-                    f"({self.max_batch_size} run at a time)"
-                )
+            self.check_room()
             self.num_open += 1
             self.waiting.append(sequence)
             self._look_at_s = min(self._look_at_s, sequence.ends_by_s)
