@@ -2,6 +2,7 @@ import asyncio
 import itertools
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,25 @@ def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, m
         return tokens
 
     assert len(asyncio.run(asyncio.wait_for(read(), 20))) == 5
+
+
+def test_what_the_thread_says_at_once_reaches_the_stream(tiny_base, prompts, monkeypatch):
+    """A reader that is known only after its request is queued misses the first tokens, or waits for ever for the last."""
+    engine = engine_of(tiny_base)
+    add = engine.scheduler.add
+
+    async def read(num_tokens: int) -> list[int]:
+        request = Request(prompts[0], max_new_tokens=num_tokens, ignore_eos=True)
+        return [token async for delta in engine.stream(request) for token in delta.token_ids]
+
+    def add_and_wait_for_its_end(sequence):
+        add(sequence)
+        while not sequence.finish_reason:
+            time.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(read(1), 20))  # starts the thread
+    monkeypatch.setattr(engine.scheduler, "add", add_and_wait_for_its_end)
+    assert len(asyncio.run(asyncio.wait_for(read(5), 20))) == 5
 
 
 @pytest.mark.parametrize(

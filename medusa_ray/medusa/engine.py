@@ -509,11 +509,14 @@ class Engine:
         """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
         now, RuntimeError when the engine has failed."""
         self.check(request)
+        sequence = Sequence(request, self.eos_ids)
+        self._queue(sequence)
+        return sequence
+
+    def _queue(self, sequence: Sequence) -> None:
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}")
-        sequence = Sequence(request, self.eos_ids)
         self.scheduler.add(sequence)
-        return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """Lets the next step end a sequence, with the tokens that it has then, unless it has ended by itself."""
@@ -548,13 +551,16 @@ class Engine:
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """One Delta per step; leaving early cancels the request. Raises as `add` does, before the first Delta."""
-        sequence = self.add(request)
+        self.check(request)
+        sequence = Sequence(request, self.eos_ids)
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        # Before it is queued, for from then on the thread may send to it, its last tokens or a failure even.
         self._readers[sequence] = (asyncio.get_running_loop(), queue)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
-            self._thread.start()
         try:
+            self._queue(sequence)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
+                self._thread.start()
             while True:
                 delta = await queue.get()
                 if isinstance(delta, Exception):
