@@ -5,17 +5,19 @@ want of memory. Nobody overtakes: the oldest of those that wait gets the pages t
 """
 
 import math
+import numbers
 import random
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
-from medusa_ray.medusa.sampling import Settings
+from medusa_ray.medusa.sampling import Settings, is_whole
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,33 @@ class Request(Settings):
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError for what is out of its range, which may be the vocabulary's."""
+        if not isinstance(self.prompt_ids, list):
+            raise ValueError(
+                f"the prompt is of type {type(self.prompt_ids).__name__}; expected a list of token ids."
+            )
         if not self.prompt_ids:
             raise ValueError("the prompt has no tokens; send at least one.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
-        if self.deadline_s is not None and not self.deadline_s > 0:  # NaN too
-            raise ValueError(f"deadline_s is {self.deadline_s}; expected more than 0 seconds.")
-        for what, ids in (("the prompt has", self.prompt_ids), ("stop_ids have", self.stop_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                raise ValueError(f"{what} token ids outside 0 ... {vocab_size - 1}.")
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens!r}; expected a whole number, at least 1."
+            )
+        deadline_s = self.deadline_s
+        if deadline_s is not None and not (
+            isinstance(deadline_s, numbers.Real) and deadline_s > 0
+        ):  # NaN too
+            raise ValueError(f"deadline_s is {deadline_s!r}; expected more than 0 seconds.")
+        _check_token_ids("the prompt has", self.prompt_ids, vocab_size)
+        _check_token_ids("stop_ids have", self.stop_ids, vocab_size)
         super().check(vocab_size)
+
+
+def _check_token_ids(what: str, ids: Collection[int], vocab_size: int) -> None:
+    # Prompts are long, so no loop of Python's own sees each token of a right one.
+    are_whole = all(kind is not bool and issubclass(kind, numbers.Integral) for kind in set(map(type, ids)))
+    if are_whole and (not ids or 0 <= min(ids) <= max(ids) < vocab_size):
+        return
+    wrong = next(t for t in ids if not is_whole(t) or not 0 <= t < vocab_size)
+    raise ValueError(f"{what} the token id {wrong!r}, outside 0 ... {vocab_size - 1}.")
 
 
 class QueueFull(Exception):
