@@ -248,7 +248,7 @@ def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, m
 
 
 def test_what_the_thread_says_at_once_reaches_the_stream(tiny_base, prompts, monkeypatch):
-    """A reader that is known only after its request is queued misses the first tokens, or waits for ever for the last."""
+    """A reader that is known only after its request is queued misses tokens, or waits for ever for the last one."""
     engine = engine_of(tiny_base)
     add = engine.scheduler.add
 
@@ -271,13 +271,27 @@ def test_what_the_thread_says_at_once_reaches_the_stream(tiny_base, prompts, mon
     [
         (Request([]), "no tokens"),
         (Request([5] * 250, max_new_tokens=10), "together 260; the limit is 256"),
-        (Request([5], max_new_tokens=0), "at least 1"),
-        (Request([262]), "outside 0 ... 261"),
+        (Request([5] * 300, max_new_tokens=1), "together 301; the limit is 256"),
+        (Request([5], max_new_tokens=0), "max_new_tokens is 0; expected a whole number, at least 1"),
+        (Request([5], max_new_tokens=-3), "max_new_tokens is -3; .* at least 1"),
+        (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5; .* at least 1"),
+        (Request([5], max_new_tokens=True), "max_new_tokens is True"),
+        (Request([5, 262]), "the prompt has the token id 262, outside 0 ... 261"),
+        (Request([5, -1]), "token id -1, outside 0 ... 261"),
+        (Request([5, 6.0]), "token id 6.0, outside"),
+        (Request([5, True]), "token id True, outside"),
+        (Request([5, "6"]), "token id '6', outside"),
+        (Request([5, float("nan")]), "token id nan, outside"),
+        (Request((5, 6)), "the prompt is of type tuple; expected a list"),
+        (Request([5], stop_ids=(7, 1.5)), "stop_ids have the token id 1.5, outside 0 ... 261"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_at_once(tiny_base, request_, message):
+    """A token that is no whole number would end the engine in the middle of a step, and everybody's replies with it."""
+    engine = engine_of(tiny_base)
     with pytest.raises(ValueError, match=message):
-        engine_of(tiny_base).add(request_)
+        engine.add(request_)
+    assert engine.scheduler.num_open == 0
 
 
 def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
@@ -288,3 +302,40 @@ def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
         Engine(backbone, None, Tree.chain(3))
     with pytest.raises(ValueError, match="4 deep, but there are only 3 heads"):
         Engine(backbone, OracleHeads(32, 262), Tree.chain(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size is 0; expected a whole number, at least 1"),
+        ({"max_batch_size": -2}, "max_batch_size is -2; .* at least 1"),
+        ({"max_batch_size": 1.5}, "max_batch_size is 1.5"),
+        ({"max_batch_size": True}, "max_batch_size is True"),
+        ({"max_total_tokens": 1}, "max_total_tokens is 1; expected a whole number, at least 2"),
+        ({"max_total_tokens": -256}, "max_total_tokens is -256"),
+        ({"max_waiting": -1}, "max_waiting is -1; expected a whole number, at least 0"),
+        ({"tree": Tree.chain(4)}, "the tree is 4 deep, but there are only 3 heads"),
+        ({"tree": Tree(((0,), (1, 0)))}, r"\(1, 0\) has no parent"),
+        ({"tree": Tree(((0,), (0,)))}, r"\(0,\) comes twice"),
+        ({"tree": Tree(((0, 0), (0,)))}, "children before their parents"),
+        ({"tree": Tree(((-1,),))}, r"\(-1,\) is not a rank path"),
+        ({"tree": Tree(((262,),))}, "rank 262 of a vocabulary of 262"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_memory_is_taken(tiny_base, monkeypatch, options, message):
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    monkeypatch.setattr("medusa_ray.medusa.engine.PagedCache", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(ValueError, match=message):
+        Engine(backbone, OracleHeads(32, 262), **options)
+
+
+def test_counts_are_looked_at_before_the_base_is_loaded():
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        Engine.load("no/such/folder", max_batch_size=0)
+
+
+@pytest.mark.parametrize("tree", [5, [5], [[0], [[1]]], [[0], None], "[[0]]", [["0"]], {"paths": [[0]]}])
+def test_a_tree_that_is_none_is_refused(tiny_base, tree):
+    heads = MedusaHeads(hidden_size=32, vocab_size=262)
+    with pytest.raises(ValueError, match=r"rank path|tree is"):
+        Engine.load(str(tiny_base), heads, tree=tree)

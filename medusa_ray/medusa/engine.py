@@ -30,10 +30,10 @@ from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, slots
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
-from medusa_ray.medusa.sampling import Sampling, Settings
+from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer
-from medusa_ray.medusa.tree import RankPath, Tree
+from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import TreePass
 
 log = logging.getLogger("medusa_ray")
@@ -108,8 +108,9 @@ class Engine:
         share what the base computed of that; when measuring, the second time of a prompt would flatter. max_waiting:
         requests that `add` takes beyond max_batch_size; None for any number.
 
-        Raises ValueError when base, heads and tree do not fit together.
+        Raises ValueError when base, heads and tree do not fit together, before memory is taken for them.
         """
+        _check_counts(max_batch_size, max_total_tokens, max_waiting)
         tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
         _check_fit(backbone, heads, tree)
         if backbone.rope_limit is not None and max_total_tokens > backbone.rope_limit:
@@ -164,6 +165,9 @@ class Engine:
         eagerly, and `mode` says so. shares_prefixes, max_waiting as in Engine(). Raises ValueError for what cannot be
         served.
         """
+        _check_counts(
+            max_batch_size, max_total_tokens, max_waiting
+        )  # now, rather than after minutes of loading
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
             if compile != "no":
@@ -641,7 +645,19 @@ def doublings(largest: int) -> list[int]:
     return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest] if largest else []
 
 
+def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int | None) -> None:
+    for name, count, least in (
+        ("max_batch_size", max_batch_size, 1),
+        ("max_total_tokens", max_total_tokens, 2),  # of the prompt and of the reply
+        ("max_waiting", 0 if max_waiting is None else max_waiting, 0),
+    ):
+        if not is_whole(count) or count < least:
+            raise ValueError(f"{name} is {count!r}; expected a whole number, at least {least}.")
+
+
 def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> None:
+    if Tree.from_paths(tree.paths).paths != tree.paths:
+        raise ValueError("the tree has children before their parents; make it by Tree.from_paths.")
     if heads is None:
         if tree.paths:
             raise ValueError(f"a tree of {len(tree.paths)} guesses needs heads, but none were given.")
@@ -673,8 +689,7 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
     if isinstance(tree, str) and tree != "auto":
         raise ValueError(f'tree is {tree!r}; expected "auto", "chain", rank paths or a Tree.')
     if tree is not None and tree != "auto":
-        paths: list[RankPath] = [tuple(path) for path in tree]
-        return Tree.from_paths(paths)
+        return Tree.from_paths(tree)
     file = folder / "tree.json" if folder else None
     return Tree.load(file) if file is not None and file.exists() else None
 
