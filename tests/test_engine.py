@@ -3,7 +3,10 @@ import itertools
 import random
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,19 +103,29 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_reply(tiny_base, pro
     assert engine.counters.num_prompt_tokens < 0.6 * plain.counters.num_prompt_tokens
 
 
-def random_schedule(engine: Engine, requests: list[Request], chance: random.Random) -> list[Sequence]:
-    """Plays the requests: they come at random times, and every fifth is cancelled somewhere on its way."""
+def random_schedule(
+    engine: Engine, requests: list[Request], chance: random.Random, seen: Counter
+) -> list[Sequence]:
+    """Plays the requests: they come at random times, and somewhere on its way one in three is cancelled or late."""
     coming, sequences, doomed = list(requests), [], []
     chance.shuffle(coming)
-    while coming or engine.scheduler.waiting or engine.scheduler.joining or engine.scheduler.running:
+    while coming or engine.scheduler.num_open:
         for _ in range(chance.randrange(4)):
             if coming:
-                sequences.append(engine.add(coming.pop()))
+                deadline_s = chance.randrange(1, 25) if chance.random() < 0.2 else None
+                sequences.append(engine.add(replace(coming.pop(), deadline_s=deadline_s)))
                 if chance.random() < 0.2:
                     doomed.append(sequences[-1])
         if doomed and chance.random() < 0.3:
-            engine.cancel(doomed.pop())
+            in_pieces = [sequence for sequence in doomed if sequence in engine.scheduler.joining]
+            sequence = (in_pieces or doomed)[-1]
+            doomed.remove(sequence)
+            engine.cancel(sequence)
         engine.step()
+        seen["in pieces"] += any(sequence.num_prefilled % 64 for sequence in engine.scheduler.joining)
+    for sequence in sequences:
+        state = "running" if sequence.token_ids else "joining" if sequence.pages else "waiting"
+        seen[f"{sequence.finish_reason}, {state}"] += 1
     return sequences
 
 
@@ -122,7 +135,9 @@ def random_schedule(engine: Engine, requests: list[Request], chance: random.Rand
 def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_schedules, monkeypatch):
     """Whoever joins, leaves or is cancelled beside it, and in however many pieces its prompt is taken in."""
     requests = [
-        Request(p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i)
+        Request(
+            p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i, speculates=i % 4 != 1
+        )
         for i, p in enumerate(prompts)
     ]
     plain = engine_of(tiny_base)
@@ -134,18 +149,31 @@ def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_
     ]
     engine = engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160)
     engine.heads.replies = {tuple(r.prompt_ids): reply for r, reply in zip(requests, alone, strict=True)}
-    free = engine.cache.num_free_pages
+    ticks = itertools.count()  # a clock that a step, or an `add` with a deadline, moves on
+    monkeypatch.setattr("medusa_ray.medusa.scheduler.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    free, seen, share = engine.cache.num_free_pages, Counter(), engine.cache.share
+
+    def counted_share(prompt_ids):
+        pages = share(prompt_ids)
+        seen["shares a beginning"] += bool(pages)
+        return pages
+
+    monkeypatch.setattr(engine.cache, "share", counted_share)
     for seed in range(num_schedules):
         monkeypatch.setattr(
             "medusa_ray.medusa.engine.PREFILL_TOKENS", random.Random(seed).choice([16, 64, 512])
         )
-        for sequence in random_schedule(engine, requests, random.Random(seed)):
+        for sequence in random_schedule(engine, requests, random.Random(seed), seen):
             expected = alone[sequence.request.seed]
-            if sequence.is_cancelled:
+            if sequence.finish_reason in ("cancelled", "deadline"):
                 assert sequence.token_ids == expected[: len(sequence.token_ids)]
             else:
                 assert sequence.token_ids == expected
         assert engine.cache.num_free_pages == free
+    print(dict(seen))
+    ways = itertools.product(("cancelled", "deadline"), ("waiting", "joining", "running"))
+    wanted = ["length, running", "in pieces", "shares a beginning", *map(", ".join, ways)]
+    assert all(seen[what] for what in wanted), seen
 
 
 def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts, plain_replies):
