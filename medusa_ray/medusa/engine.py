@@ -165,9 +165,8 @@ class Engine:
         eagerly, and `mode` says so. shares_prefixes, max_waiting as in Engine(). Raises ValueError for what cannot be
         served.
         """
-        _check_counts(
-            max_batch_size, max_total_tokens, max_waiting
-        )  # now, rather than after minutes of loading
+        # Now, rather than after minutes of loading.
+        _check_counts(max_batch_size, max_total_tokens, max_waiting)
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
             if compile != "no":
