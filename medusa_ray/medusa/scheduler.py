@@ -43,11 +43,9 @@ class Request(Settings):
             raise ValueError(
                 f"max_new_tokens is {self.max_new_tokens!r}; expected a whole number, at least 1."
             )
-        deadline_s = self.deadline_s
-        if deadline_s is not None and not (
-            isinstance(deadline_s, numbers.Real) and deadline_s > 0
-        ):  # NaN too
-            raise ValueError(f"deadline_s is {deadline_s!r}; expected more than 0 seconds.")
+        limit_s = math.inf if self.deadline_s is None else self.deadline_s
+        if not isinstance(limit_s, numbers.Real) or not limit_s > 0:  # NaN too
+            raise ValueError(f"deadline_s is {limit_s!r}; expected more than 0 seconds.")
         _check_token_ids("the prompt has", self.prompt_ids, vocab_size)
         _check_token_ids("stop_ids have", self.stop_ids, vocab_size)
         super().check(vocab_size)
@@ -156,6 +154,7 @@ class Scheduler:
         return self.num_open < self.max_open
 
     def check_room(self) -> None:
+        """Raises QueueFull where max_waiting forbids one more."""
         if not self.has_room:
             raise QueueFull(
                 f"{self.num_open} requests run or wait here, and no more than {self.max_open} may, of which "
@@ -163,7 +162,7 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Safe to call while a step runs in another thread. Raises QueueFull where max_waiting forbids one more."""
+        """Safe to call while a step runs in another thread. Raises as check_room does."""
         with self._lock:
             self.check_room()
             self.num_open += 1
