@@ -1,5 +1,6 @@
 """Who waits, joins, runs and leaves, and which pages they hold: by the scheduler alone and by the engine's steps."""
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -151,6 +152,22 @@ def test_a_cancel_after_the_end_changes_nothing(engine_of):
     engine.cancel(sequence)
     assert engine.step() == []
     assert sequence.finish_reason == "length"
+
+
+def test_a_stream_that_is_left_stops_what_it_asked_for(engine_of):
+    """It would end by itself as well, a hundred tokens later, and nothing but the time would tell."""
+    engine = engine_of()
+
+    async def leave() -> None:
+        stream = engine.stream(endless(max_new_tokens=200))
+        assert (await anext(stream)).token_ids
+        await stream.aclose()
+        while engine.scheduler.num_open:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(leave(), 20))
+    assert engine.counters.num_generated_tokens < 100
+    assert not engine._readers
 
 
 # ------------------------------------------------------------------------------------------------ deadlines
