@@ -22,6 +22,7 @@ from medusa_ray.medusa.tree import Tree
 TREE = Tree.from_paths([(0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1)])
 NUM_KINDS = 240  # different requests
 ROUND = 50  # requests of a round
+NUM_HELD = 60  # of 72 pages: with twelve left, rows wait for pages and kept beginnings are forgotten
 AT_ONCE_S, MIDWAY_S, LATER_S = (
     1e-9,
     0.02,
@@ -165,15 +166,18 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def assert_nothing_is_left(engine: Engine) -> None:
+def assert_nothing_is_left(engine: Engine, held: list[int]) -> None:
     scheduler, cache = engine.scheduler, engine.cache
     assert [*scheduler.waiting, *scheduler.joining, *scheduler.running] == []
     assert scheduler.num_open == 0
     assert not engine._readers
     assert engine._batch is None
-    assert cache.num_free_pages == len(cache.keys[0]) // PAGE_SIZE - 1
-    assert set(cache._num_users) == {0}, "a page has a user, or fewer than none"
-    assert sorted([*cache._free, *cache._idle]) == list(range(1, cache.num_free_pages + 1)), (
+    num_pages = len(cache.keys[0]) // PAGE_SIZE - 1
+    assert cache.num_free_pages == num_pages - len(held)
+    assert [page for page, num in enumerate(cache._num_users) if num] == sorted(held), (
+        "a page has users, or too few"
+    )
+    assert sorted([*cache._free, *cache._idle, *held]) == list(range(1, num_pages + 1)), (
         "a page is there twice"
     )
 
@@ -196,21 +200,22 @@ def test_nothing_is_left_of_thousands_of_mixed_requests(tiny_base, monkeypatch, 
         while not sequence.finish_reason:
             alone.step()
         replies.append(sequence.token_ids)
-    campaigns = []
+    campaigns, held = [], []
     for seed in range(2):  # one for each way in, since an engine that has a thread is not stepped by hand
         engine = engine_of(tiny_base, TREE)
         engine.heads.replies = {
             tuple(r.prompt_ids): reply for r, reply in zip(requests, replies, strict=True)
         }
         campaigns.append(Campaign(engine, requests, replies, seed))
+        held.append(engine.cache.take(NUM_HELD))
     by_step, by_stream = campaigns
 
     started_s, resident = time.monotonic(), {}
     for num_done in range(0, num_requests, 2 * ROUND):
         by_step.step_through(ROUND)
         asyncio.run(by_stream.stream_through(ROUND))
-        for campaign in campaigns:
-            assert_nothing_is_left(campaign.engine)
+        for campaign, pages in zip(campaigns, held, strict=True):
+            assert_nothing_is_left(campaign.engine, pages)
         if (num_done + 2 * ROUND) % num_before == 0:
             resident[num_done + 2 * ROUND] = resident_bytes()
     growth = resident[num_requests] - resident[num_before]
@@ -227,5 +232,5 @@ def test_nothing_is_left_of_thousands_of_mixed_requests(tiny_base, monkeypatch, 
         assert totals.num_accepted_tokens > 0.3 * totals.num_drafts, "the guesses were not accepted"
     assert growth <= 20 * 2**20
     cancels = [f"cancelled while {state}" for state in ("waiting", "joining", "running")]
-    for what in ("stop", "length", "deadline", "deadline while running", "left", *cancels):
+    for what in ("stop", "length", "deadline", "left", *cancels):
         assert seen[what] > num_requests / 1000, f"{what} was not tried"
