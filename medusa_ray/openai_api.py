@@ -103,8 +103,11 @@ class GenerationRequest(Incoming):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # vLLM's extension, after transformers
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    # Ours. Typical acceptance changes the distribution of the replies, and no seed brings them back.
+    # Ours. Typical acceptance changes the distribution of the replies, and no seed brings them back; without
+    # speculation a reply is the same. Past its deadline, counted from its coming, a reply ends with what it has.
     acceptance: Literal["exact", "typical"] | None = None
+    speculates: bool | None = None
+    deadline_s: float | None = Field(None, gt=0)
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: list[str] = Field([], max_length=MAX_STOP_STRINGS)

@@ -32,6 +32,7 @@ from medusa_ray import openai_api
 from medusa_ray.chat import Chat
 from medusa_ray.config import ApplicationConfig, EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.engine import Delta, Engine, Request
+from medusa_ray.medusa.scheduler import QueueFull
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope, Reply
 
 log = logging.getLogger("medusa_ray")
@@ -53,7 +54,6 @@ class Server:
     def __init__(self, engine: Engine, chat: Chat, args: EngineConfig) -> None:
         self.engine, self.chat, self.args = engine, chat, args
         self.names = [args.model_id, *args.aliases]
-        self.num_open = 0  # requests admitted and not yet ended, running or waiting
         self.num_skipped_tokens = 0  # tokens that came with another one in the same step
         self.num_iterations = 0  # steps of a request, its prefill included
         self.finished: Counter[str] = Counter()  # by finish reason
@@ -76,6 +76,7 @@ class Server:
             max_total_tokens=args.max_total_tokens,
             compile=args.compile,
             shares_prefixes=args.shares_prefixes,
+            max_waiting=args.max_queued_requests,
         )
         return cls(engine, Chat.load(args.base), args)
 
@@ -84,12 +85,11 @@ class Server:
 
         Raises ApiError: before the first step for what cannot be served, later when the engine fails.
         """
-        engine_request = self._admit(request)
-        reply = Reply(
-            self.chat.detokenizer(), request.stop, len(engine_request.prompt_ids), self.engine.num_nodes
-        )
-        self.num_open += 1
         try:
+            engine_request = self._admit(request)
+            reply = Reply(
+                self.chat.detokenizer(), request.stop, len(engine_request.prompt_ids), self.engine.num_nodes
+            )
             stream = cast("AsyncGenerator[Delta]", self.engine.stream(engine_request))
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
@@ -101,30 +101,24 @@ class Server:
                     yield text, reply
                     if reply.finish_reason:
                         return
+        except QueueFull as error:
+            raise ApiError(429, f"{error}; try again in {RETRY_AFTER_S} s.", code="queue_full") from None
         except RuntimeError as error:  # the engine has failed
             raise ApiError(503, str(error), code="engine_failed") from None
-        finally:
-            self.num_open -= 1
 
     def _admit(self, request: ChatRequest | CompletionRequest) -> Request:
-        """The request as the engine takes it. Raises ApiError when it cannot be served, or not now."""
+        """The request as the engine takes it. Raises ApiError when it cannot be served, QueueFull when not now."""
         if request.model not in self.names:
             served = ", ".join(self.names)
             message = f"The model {request.model[:100]!r} does not exist here; served: {served}."
             raise ApiError(404, message, "model", "model_not_found")
-        limit = self.args.max_batch_size + self.args.max_queued_requests
-        if self.num_open >= limit:
-            raise ApiError(
-                429,
-                f"{self.num_open} requests run or wait here, and no more than {limit} may "
-                f"(max_batch_size + max_queued_requests); try again in {RETRY_AFTER_S} s.",
-                code="queue_full",
-            )
+        self.engine.check_room()  # a refusal under overload is not to cost a tokenisation
         prompt_ids = self._prompt_ids(request)
         engine_request = Request(
             prompt_ids,
             openai_api.num_new_tokens(request, len(prompt_ids), self.engine.max_total_tokens),
             ignore_eos=bool(request.ignore_eos),
+            deadline_s=request.deadline_s,
             **request.settings,
         )
         try:
@@ -350,7 +344,7 @@ def build_app(args: EngineConfig) -> serve.Application:
 
 
 def _bind(args: EngineConfig, **options: Any) -> serve.Application:
-    # The server itself refuses overload, in OpenAI's words; Ray Serve's own limits only stand behind that.
+    # The engine itself refuses overload, in OpenAI's words; Ray Serve's own limits only stand behind that.
     limit = 2 * (args.max_batch_size + args.max_queued_requests)
     defaults = {
         "max_ongoing_requests": limit,

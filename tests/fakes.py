@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.engine import Counters, Delta
-from medusa_ray.medusa.scheduler import Request
+from medusa_ray.medusa.scheduler import QueueFull, Request
 
 
 class ScriptedEngine:
@@ -21,12 +21,16 @@ class ScriptedEngine:
         self.failure: Exception | None = None
         self.counters = Counters()
         self.requests: list[Request] = []
-        self.num_cancelled = 0
+        self.num_open, self.num_cancelled, self.max_open = 0, 0, 100
         self.gate = asyncio.Event()  # closed after `steps_before_gate` steps of a request
         self.steps_before_gate = len(steps) + 1
 
     def check(self, request: Request) -> None:
         request.check(vocab_size=262)
+
+    def check_room(self) -> None:
+        if self.num_open >= self.max_open:
+            raise QueueFull(f"{self.num_open} requests run or wait here")
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         self.requests.append(request)
@@ -34,6 +38,7 @@ class ScriptedEngine:
             raise RuntimeError(f"the engine has failed: {self.failure}")
         histogram: list[int] = []
         is_done = False
+        self.num_open += 1
         try:
             for i, step in enumerate(self.steps):
                 if i >= self.steps_before_gate:
@@ -49,4 +54,5 @@ class ScriptedEngine:
                 reason, guesses = self.finish_reason if is_done else None, i * self.num_nodes
                 yield Delta(step, reason, i, list(histogram), guesses, logprobs)
         finally:
+            self.num_open -= 1
             self.num_cancelled += not is_done

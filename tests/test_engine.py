@@ -2,7 +2,11 @@ import asyncio
 import itertools
 import random
 import threading
+import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,19 +103,29 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_reply(tiny_base, pro
     assert engine.counters.num_prompt_tokens < 0.6 * plain.counters.num_prompt_tokens
 
 
-def random_schedule(engine: Engine, requests: list[Request], chance: random.Random) -> list[Sequence]:
-    """Plays the requests: they come at random times, and every fifth is cancelled somewhere on its way."""
+def random_schedule(
+    engine: Engine, requests: list[Request], chance: random.Random, seen: Counter
+) -> list[Sequence]:
+    """Plays the requests: they come at random times, and somewhere on its way one in three is cancelled or late."""
     coming, sequences, doomed = list(requests), [], []
     chance.shuffle(coming)
-    while coming or engine.scheduler.waiting or engine.scheduler.joining or engine.scheduler.running:
+    while coming or engine.scheduler.num_open:
         for _ in range(chance.randrange(4)):
             if coming:
-                sequences.append(engine.add(coming.pop()))
+                deadline_s = chance.randrange(1, 25) if chance.random() < 0.2 else None
+                sequences.append(engine.add(replace(coming.pop(), deadline_s=deadline_s)))
                 if chance.random() < 0.2:
                     doomed.append(sequences[-1])
         if doomed and chance.random() < 0.3:
-            doomed.pop().is_cancelled = True
+            in_pieces = [sequence for sequence in doomed if sequence in engine.scheduler.joining]
+            sequence = (in_pieces or doomed)[-1]
+            doomed.remove(sequence)
+            engine.cancel(sequence)
         engine.step()
+        seen["in pieces"] += any(sequence.num_prefilled % 64 for sequence in engine.scheduler.joining)
+    for sequence in sequences:
+        state = "running" if sequence.token_ids else "joining" if sequence.pages else "waiting"
+        seen[f"{sequence.finish_reason}, {state}"] += 1
     return sequences
 
 
@@ -121,7 +135,9 @@ def random_schedule(engine: Engine, requests: list[Request], chance: random.Rand
 def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_schedules, monkeypatch):
     """Whoever joins, leaves or is cancelled beside it, and in however many pieces its prompt is taken in."""
     requests = [
-        Request(p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i)
+        Request(
+            p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i, speculates=i % 4 != 1
+        )
         for i, p in enumerate(prompts)
     ]
     plain = engine_of(tiny_base)
@@ -133,18 +149,31 @@ def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_
     ]
     engine = engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160)
     engine.heads.replies = {tuple(r.prompt_ids): reply for r, reply in zip(requests, alone, strict=True)}
-    free = engine.cache.num_free_pages
+    ticks = itertools.count()  # a clock that a step, or an `add` with a deadline, moves on
+    monkeypatch.setattr("medusa_ray.medusa.scheduler.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    free, seen, share = engine.cache.num_free_pages, Counter(), engine.cache.share
+
+    def counted_share(prompt_ids):
+        pages = share(prompt_ids)
+        seen["shares a beginning"] += bool(pages)
+        return pages
+
+    monkeypatch.setattr(engine.cache, "share", counted_share)
     for seed in range(num_schedules):
         monkeypatch.setattr(
             "medusa_ray.medusa.engine.PREFILL_TOKENS", random.Random(seed).choice([16, 64, 512])
         )
-        for sequence in random_schedule(engine, requests, random.Random(seed)):
+        for sequence in random_schedule(engine, requests, random.Random(seed), seen):
             expected = alone[sequence.request.seed]
-            if sequence.is_cancelled:
+            if sequence.finish_reason in ("cancelled", "deadline"):
                 assert sequence.token_ids == expected[: len(sequence.token_ids)]
             else:
                 assert sequence.token_ids == expected
         assert engine.cache.num_free_pages == free
+    print(dict(seen))
+    ways = itertools.product(("cancelled", "deadline"), ("waiting", "joining", "running"))
+    wanted = ["length, running", "in pieces", "shares a beginning", *map(", ".join, ways)]
+    assert all(seen[what] for what in wanted), seen
 
 
 def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts, plain_replies):
@@ -153,7 +182,7 @@ def test_an_adaptive_tree_changes_the_steps_and_not_the_reply(tiny_base, prompts
     # Each size in turn, whatever it costs.
     sizes = itertools.cycle(engine.trees)
     engine.sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
-    engine.sizer.pick = lambda num_rows: next(sizes)
+    engine.sizer.pick = lambda num_rows, share: next(sizes)
     assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
     assert list(engine.trees) == [1, 2, 3, 5, 9]
     assert engine.sizer.chances[1] != 0.5, "nothing was learnt"
@@ -246,18 +275,51 @@ def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, m
     assert len(asyncio.run(asyncio.wait_for(read(), 20))) == 5
 
 
+def test_what_the_thread_says_at_once_reaches_the_stream(tiny_base, prompts, monkeypatch):
+    """A reader that is known only after its request is queued misses tokens, or waits for ever for the last one."""
+    engine = engine_of(tiny_base)
+    add = engine.scheduler.add
+
+    async def read(num_tokens: int) -> list[int]:
+        request = Request(prompts[0], max_new_tokens=num_tokens, ignore_eos=True)
+        return [token async for delta in engine.stream(request) for token in delta.token_ids]
+
+    def add_and_wait_for_its_end(sequence):
+        add(sequence)
+        while not sequence.finish_reason:
+            time.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(read(1), 20))  # starts the thread
+    monkeypatch.setattr(engine.scheduler, "add", add_and_wait_for_its_end)
+    assert len(asyncio.run(asyncio.wait_for(read(5), 20))) == 5
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         (Request([]), "no tokens"),
         (Request([5] * 250, max_new_tokens=10), "together 260; the limit is 256"),
-        (Request([5], max_new_tokens=0), "at least 1"),
-        (Request([262]), "outside 0 ... 261"),
+        (Request([5] * 300, max_new_tokens=1), "together 301; the limit is 256"),
+        (Request([5], max_new_tokens=0), "max_new_tokens is 0; expected a whole number, at least 1"),
+        (Request([5], max_new_tokens=-3), "max_new_tokens is -3; .* at least 1"),
+        (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5; .* at least 1"),
+        (Request([5], max_new_tokens=True), "max_new_tokens is True"),
+        (Request([5, 262]), "the prompt has the token id 262, outside 0 ... 261"),
+        (Request([5, -1]), "token id -1, outside 0 ... 261"),
+        (Request([5, 6.0]), "token id 6.0, outside"),
+        (Request([5, True]), "token id True, outside"),
+        (Request([5, "6"]), "token id '6', outside"),
+        (Request([5, float("nan")]), "token id nan, outside"),
+        (Request((5, 6)), "the prompt is of type tuple; expected a list"),
+        (Request([5], stop_ids=(7, 1.5)), "stop_ids have the token id 1.5, outside 0 ... 261"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_at_once(tiny_base, request_, message):
+    """A token that is no whole number would end the engine in the middle of a step, and everybody's replies with it."""
+    engine = engine_of(tiny_base)
     with pytest.raises(ValueError, match=message):
-        engine_of(tiny_base).add(request_)
+        engine.add(request_)
+    assert engine.scheduler.num_open == 0
 
 
 def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
@@ -268,3 +330,40 @@ def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
         Engine(backbone, None, Tree.chain(3))
     with pytest.raises(ValueError, match="4 deep, but there are only 3 heads"):
         Engine(backbone, OracleHeads(32, 262), Tree.chain(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size is 0; expected a whole number, at least 1"),
+        ({"max_batch_size": -2}, "max_batch_size is -2; .* at least 1"),
+        ({"max_batch_size": 1.5}, "max_batch_size is 1.5"),
+        ({"max_batch_size": True}, "max_batch_size is True"),
+        ({"max_total_tokens": 1}, "max_total_tokens is 1; expected a whole number, at least 2"),
+        ({"max_total_tokens": -256}, "max_total_tokens is -256"),
+        ({"max_waiting": -1}, "max_waiting is -1; expected a whole number, at least 0"),
+        ({"tree": Tree.chain(4)}, "the tree is 4 deep, but there are only 3 heads"),
+        ({"tree": Tree(((0,), (1, 0)))}, r"\(1, 0\) has no parent"),
+        ({"tree": Tree(((0,), (0,)))}, r"\(0,\) comes twice"),
+        ({"tree": Tree(((0, 0), (0,)))}, "children before their parents"),
+        ({"tree": Tree(((-1,),))}, r"\(-1,\) is not a rank path"),
+        ({"tree": Tree(((262,),))}, "rank 262 of a vocabulary of 262"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_memory_is_taken(tiny_base, monkeypatch, options, message):
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    monkeypatch.setattr("medusa_ray.medusa.engine.PagedCache", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(ValueError, match=message):
+        Engine(backbone, OracleHeads(32, 262), **options)
+
+
+def test_counts_are_looked_at_before_the_base_is_loaded():
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        Engine.load("no/such/folder", max_batch_size=0)
+
+
+@pytest.mark.parametrize("tree", [5, [5], [[0], [[1]]], [[0], None], "[[0]]", [["0"]], {"paths": [[0]]}])
+def test_a_tree_that_is_none_is_refused(tiny_base, tree):
+    heads = MedusaHeads(hidden_size=32, vocab_size=262)
+    with pytest.raises(ValueError, match=r"rank path|tree is"):
+        Engine.load(str(tiny_base), heads, tree=tree)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Delta, Engine, Request
 from medusa_ray.medusa.scheduler import Sequence
+from medusa_ray.medusa.sizing import TreeSizer
 from medusa_ray.medusa.tree import Tree
 
 V = 262
@@ -131,6 +133,56 @@ def test_greedy_replies_with_a_repetition_penalty_equal_those_of_generate(engine
     assert [s.token_ids for s in sequences] == plain
     if tree:
         assert accepted_per_step(sequences) > 1.3
+
+
+# ------------------------------------------------------------------------------------ without speculation
+
+
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_requests_without_speculation_say_the_same_in_steps_of_one_token(engine_of, monkeypatch, is_adaptive):
+    """A guess taken for one of them shows in no reply, only in its steps, and in what is believed of the heads."""
+    requests = mixed_requests(0.8, 60)
+    alone = [s.token_ids for s in run(engine_of(), requests)]
+    # Asked for typical acceptance, which changes replies, it says without guesses what the baseline says.
+    asked = [
+        replace(r, speculates=bool(i % 3), acceptance="exact" if i % 3 else "typical")
+        for i, r in enumerate(requests)
+    ]
+    engine, learnt = engine_of(TREES["tree"], max_batch_size=5, is_adaptive=is_adaptive), []
+    if is_adaptive:
+        engine.sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
+        learn = engine.sizer.learn
+        monkeypatch.setattr(
+            engine.sizer, "learn", lambda size, ends: (learnt.extend(ends), learn(size, ends))
+        )
+    sequences = run(engine, asked, alone)
+    assert [s.token_ids for s in sequences] == alone
+    plain = [s for s in sequences if not s.request.speculates]
+    for s in plain:
+        assert (s.num_guesses, s.accepted_histogram) == (0, [s.num_steps] if s.num_steps else [])
+        assert s.num_steps == len(s.token_ids) - 1
+    guessing = [s for s in sequences if s.request.speculates]
+    assert accepted_per_step(guessing) > 1.3
+    counters = engine.counters
+    assert counters.num_drafts <= sum(s.num_steps for s in guessing)
+    assert counters.num_draft_tokens == sum(s.num_guesses for s in guessing)
+    assert counters.num_steps == sum(s.num_steps for s in sequences)
+    if is_adaptive:
+        assert len(learnt) == sum(s.num_steps for s in guessing)
+
+
+def test_heads_are_asked_for_nothing_where_nobody_wants_guesses(engine_of, monkeypatch):
+    engine = engine_of(TREES["tree"], is_adaptive=True)
+    engine.sizer = TreeSizer(engine.tree, {1: dict.fromkeys(engine.trees, 1.0)})
+    before = list(engine.sizer.chances)
+    monkeypatch.setattr(engine.heads, "topk", lambda *_: pytest.fail("the heads were asked"))
+    sizes, run_pass = [], engine._run
+    monkeypatch.setattr(engine, "_run", lambda *t: (sizes.append(len(t[3])), run_pass(*t))[1])
+    prompts = prompts_of(4)
+    done = engine.generate(prompts, 12, speculates=False)
+    assert [d.token_ids for d in done] == [d.token_ids for d in engine_of().generate(prompts, 12)]
+    assert sizes[1:] == [1] * (len(sizes) - 1)  # the first is the prompts' pass
+    assert engine.sizer.chances == before
 
 
 # ---------------------------------------------------------------------------------------------- logprobs
@@ -297,7 +349,13 @@ def test_typical_acceptance_keeps_to_masks_and_leaves_its_neighbours_alone(engin
         (Request([5], temperature=-1), "temperature is -1; expected 0 to 100"),
         (Request([5], logprobs=21), "logprobs is 21; expected 0 to 20"),
         (Request([5], logit_bias={262: 1}), r"outside 0 \.\.\. 261"),
-        (Request([5], stop_ids=(262,)), r"stop_ids have token ids outside 0 \.\.\. 261"),
+        (Request([5], stop_ids=(262,)), r"stop_ids have the token id 262, outside 0 \.\.\. 261"),
+        (Request([5], top_k=1.5), "top_k is 1.5; expected 0 to 2147483647, a whole number"),
+        (Request([5], seed=0.5), "seed is 0.5"),
+        (Request([5], temperature="1"), "temperature is '1'; expected 0 to 100"),
+        (Request([5], top_p="1"), "top_p is '1'"),
+        (Request([5], logit_bias={1.5: 1}), r"token id 1.5, outside 0 \.\.\. 261"),
+        (Request([5], logit_bias={1: "1"}), "logit_bias of token 1 is '1'"),
         (Request([5], acceptance="typically"), "acceptance is 'typically'"),
     ],
 )

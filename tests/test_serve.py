@@ -114,6 +114,8 @@ def test_the_engine_gets_every_setting_and_the_client_the_logprobs(chat: Chat) -
         "repetition_penalty": 1.1,
         "logit_bias": {"7": -5, "9": 2.5},
         "acceptance": "typical",
+        "speculates": False,
+        "deadline_s": 30.5,
     }
     asked = {**CHAT, **fields, "logprobs": True, "top_logprobs": 2}
     whole = client.post(CHAT_URL, json=asked).json()["choices"][0]
@@ -125,6 +127,7 @@ def test_the_engine_gets_every_setting_and_the_client_the_logprobs(chat: Chat) -
     assert got == {**fields, "logit_bias": {7: -5, 9: 2.5}}
     assert [r.logprobs for r in engine.requests] == [2, 2, None, 0]
     assert (third.min_p, third.repetition_penalty, third.logit_bias, third.acceptance) == (0, 1, {}, "exact")
+    assert (third.speculates, third.deadline_s) == (True, None)
     assert [entry["token"] for entry in whole["logprobs"]["content"]] == list("abcd")
     streamed = [e for event in events for c in event["choices"] for e in c["logprobs"]["content"]]
     assert streamed == whole["logprobs"]["content"]
@@ -284,10 +287,10 @@ def test_a_client_that_hangs_up_cancels_its_request(chat: Chat, stream: bool, st
         server = server_of(engine, chat)
         caller = Caller(server, stream=stream)
         await settle()
-        assert (server.num_open, engine.num_cancelled) == (1, 0)
+        assert (engine.num_open, engine.num_cancelled) == (1, 0)
         await caller.hang_up()
         await settle()
-        assert (server.num_open, engine.num_cancelled) == (0, 1)
+        assert (engine.num_open, engine.num_cancelled) == (0, 1)
         num_texts = sum(b'"content"' in message.get("body", b"") for message in caller.sent)
         assert num_texts == (steps_before_gate if stream else 0)
 
@@ -299,8 +302,8 @@ def test_one_request_too_many_is_told_when_to_come_back(chat: Chat) -> None:
 
     async def scenario() -> None:
         engine = ScriptedEngine(steps_of(chat, "a", "b"))
-        engine.steps_before_gate = 1
-        server = server_of(engine, chat, max_batch_size=2, max_queued_requests=1)
+        engine.steps_before_gate, engine.max_open = 1, 3
+        server = server_of(engine, chat)
         callers = [Caller(server, stream=i % 2 == 0) for i in range(5)]
         await settle()
         engine.gate.set()
@@ -309,9 +312,49 @@ def test_one_request_too_many_is_told_when_to_come_back(chat: Chat) -> None:
         assert [start["status"] for start in starts] == [200, 200, 200, 429, 429]
         assert (b"retry-after", b"1") in starts[3]["headers"]
         assert "queue_full" in callers[3].sent[1]["body"].decode()
-        assert server.num_open == 0
+        assert engine.num_open == 0
 
     asyncio.run(scenario())
+
+
+def test_the_queue_that_the_file_allows_is_the_engines(chat: Chat, tiny_base: Path) -> None:
+    """Between two counts of the same requests one could slip through, or be refused with room to spare."""
+    args = {
+        "max_batch_size": 2,
+        "max_queued_requests": 1,
+        "dtype": "float32",
+        "compile": "no",
+        "device": "cpu",
+    }
+    server = Server.load(EngineConfig(model_id="medusa", base=str(tiny_base), **args))
+
+    async def scenario() -> None:
+        callers = [Caller(server, stream=i % 2 == 0, max_tokens=300, ignore_eos=True) for i in range(5)]
+        await asyncio.gather(*(caller.done for caller in callers[3:]))
+        assert [caller.sent[0]["status"] for caller in callers[3:]] == [429, 429]
+        body = callers[3].sent[1]["body"].decode()
+        assert "3 requests run or wait here, and no more than 3 may" in body
+        assert "queue_full" in body
+        for caller in callers[:3]:
+            await caller.hang_up()
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_ends_a_reply_with_what_it_has(chat: Chat, tiny_base: Path) -> None:
+    args = {"dtype": "float32", "compile": "no", "device": "cpu"}
+    client = TestClient(build_api(Server.load(EngineConfig(model_id="medusa", base=str(tiny_base), **args))))
+    asked = {**CHAT, "temperature": 0, "ignore_eos": True, "max_tokens": 400}
+    whole = client.post(CHAT_URL, json=asked).json()["choices"][0]
+    for stream in (False, True):
+        response = client.post(CHAT_URL, json={**asked, "deadline_s": 0.1, "stream": stream})
+        if stream:
+            text, reason = streamed_text(response), events_of(response)[-1]["choices"][0]["finish_reason"]
+        else:
+            choice = response.json()["choices"][0]
+            text, reason = choice["message"]["content"], choice["finish_reason"]
+        assert reason == "deadline"
+        assert len(text) < len(whole["message"]["content"])
 
 
 # ------------------------------------------------------------------------------------------- serve files

@@ -43,6 +43,13 @@ def test_the_size_follows_the_load() -> None:
     assert sizer.pick(1) == 5
 
 
+def test_the_size_follows_the_share_of_those_that_want_guesses() -> None:
+    """One of eight that gains a token and a half does not make up for the time that all eight lose."""
+    sizer = taught({8: {1: 1.0, 3: 1.3, 5: 1.3}}, [0.8, 0.7, 0.6], rows=8)
+    assert [sizer.pick(8, share) for share in (1.0, 1 / 8, 1.0)] == [5, 1, 5]
+    assert sizer.rate(8, 5, 0.25) == pytest.approx((0.75 + 0.25 * sizer.tokens(5)) / 1.3)
+
+
 def test_acceptance_is_learnt_and_forgotten_again() -> None:
     sizer = taught({1: FLAT}, [0.9, 0.5, 0.5])
     assert sizer.chances == pytest.approx([1.0, 0.9, 0.45, 0.0, 0.225], abs=0.08)

@@ -52,7 +52,13 @@ def test_children_listed_before_their_parents_are_put_behind_them():
         ([(0,), (1, 0)], r"\(1, 0\) has no parent in the tree; add \(1,\)"),
         ([(0,), (0,)], "comes twice"),
         ([()], "not a rank path"),
-        ([(-1,)], "not a rank path"),
+        ([(-1,)], r"\(-1,\) is not a rank path"),
+        ([(0,), (0, True)], r"\(0, True\) is not a rank path"),
+        ([(0,), (0, 1.0)], "not a rank path"),
+        ([(0,), ([1],)], "not a rank path"),
+        ([(0,), 5], "no list of rank paths"),
+        (None, "None is no list of rank paths"),
+        ([(rank,) for rank in range(256)], "the tree has 256 guesses; expected at most 255"),
     ],
 )
 def test_a_malformed_tree_is_refused_by_its_path(paths, message):
@@ -75,10 +81,33 @@ def test_every_prefix_of_a_calibrated_tree_is_a_tree():
         assert Tree.from_paths(tree.paths[:size]).paths == tree.paths[:size]
 
 
-def test_a_file_without_paths_is_refused(tmp_path):
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_a_tree_has_at_least_one_guess_where_a_size_is_asked_for(size):
+    with pytest.raises(ValueError, match=rf"num_nodes is {size}; expected a whole number, at least 1"):
+        Tree.calibrated(torch.tensor([[0, 0], [1, 0]]), size)
+    with pytest.raises(ValueError, match=f"num_heads is {size}"):
+        Tree.chain(size)
+
+
+def test_a_file_that_holds_no_tree_is_refused_by_its_name(tmp_path):
     file = tmp_path / "tree.json"
     file.write_text(json.dumps({"nodes": 3}))
     with pytest.raises(ValueError, match='has no "paths"'):
+        Tree.load(file)
+    for content, message in (
+        ("{", "tree.json is not JSON"),
+        ("[" * 100_000, "tree.json is not JSON"),
+        ("[[0]]", 'has no "paths"'),
+        ('{"paths": 3}', r"tree.json: 3 is no list of rank paths"),
+        ('{"paths": [[0], [1, 0]]}', r"tree.json: \(1, 0\) has no parent"),
+        ('{"paths": [[NaN]]}', r"\(nan,\) is not a rank path"),
+        (" " * 2**20 + "{}", "has 1048578 bytes; a tree has at most 1048576"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Tree.load(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not JSON"):
         Tree.load(file)
     file.write_text(json.dumps({"paths": [[0], [0, 1]]}))
     assert Tree.load(file).paths == ((0,), (0, 1))

@@ -86,9 +86,11 @@ def decide(
     scores_BNV = process(logits_BNV, token_BN, tree, sampling, history, allowed_BNV)
     target_BN = choose(scores_BNV, position_BN, sampling)
     if sampling.typical is None:
-        node_B, committed_BD = walk(token_BN, target_BN, tree.shape)
+        node_B, committed_BD = walk(token_BN, target_BN, tree.shape, sampling.speculates_B)
     else:
-        node_B, committed_BD = walk_typical(token_BN, target_BN, scores_BNV, tree, sampling.typical)
+        node_B, committed_BD = walk_typical(
+            token_BN, target_BN, scores_BNV, tree, sampling.typical, sampling.speculates_B
+        )
     if sampling.num_logprobs is None:
         return Verdict(node_B, committed_BD)
     row_B1 = torch.arange(len(node_B), device=node_B.device)[:, None]
@@ -98,20 +100,28 @@ def decide(
     return Verdict(node_B, committed_BD, logprob_BD, top.indices, top.values)
 
 
-def walk(token_BN: Tensor, target_BN: Tensor, tree: Shape) -> tuple[Tensor, Tensor]:
+def walk(
+    token_BN: Tensor, target_BN: Tensor, tree: Shape, speculates_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The deepest node that the base agrees with, and the tokens committed on the way there.
 
-    token_BN: token at each node, the root's first. target_BN: the base's own token after each node.
+    token_BN: token at each node, the root's first. target_BN: the base's own token after each node. speculates_B: rows
+    that go beyond the root; None for all.
     Returns node_B and committed_BD: the tokens of the walk without the root, then the base's token after node_B;
     only the first depth_N[node_B] + 1 entries of a row count.
     """
     # Siblings differ in their tokens, so at most one node of each depth is reached: the deepest ends the walk.
-    node_B = _reached_depth(token_BN == target_BN[:, tree.parent_N], tree).argmax(-1)
+    node_B = _reached_depth(token_BN == target_BN[:, tree.parent_N], tree, speculates_B).argmax(-1)
     return node_B, target_BN.gather(1, tree.walk_ND[node_B])
 
 
 def walk_typical(
-    token_BN: Tensor, target_BN: Tensor, scores_BNV: Tensor, tree: Tree, typical: Typical
+    token_BN: Tensor,
+    target_BN: Tensor,
+    scores_BNV: Tensor,
+    tree: Tree,
+    typical: Typical,
+    speculates_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `walk`, but rows that ask for it take every guess that is typical of the base; the others walk as ever.
 
@@ -130,7 +140,7 @@ def walk_typical(
         log_chance_BN.exp() > least_BN[:, tree.parent_N],
         token_BN == target_BN[:, tree.parent_N],
     )
-    depth_BN = _reached_depth(agrees_BN, tree.shape)
+    depth_BN = _reached_depth(agrees_BN, tree.shape, speculates_B)
     # Chances off the reached nodes may be 0, and their logarithms would spoil the sums.
     counted_BN = log_chance_BN.masked_fill(~agrees_BN, 0)
     counted_BN[:, 0] = 0
@@ -144,8 +154,10 @@ def walk_typical(
     return node_B, torch.where(is_guess_BD, guess_BD, target_BN.gather(1, walk_BD))
 
 
-def _reached_depth(agrees_BN: Tensor, tree: Shape) -> Tensor:
+def _reached_depth(agrees_BN: Tensor, tree: Shape, speculates_B: Tensor | None) -> Tensor:
     """depth + 1 of the nodes on whose walk every guess is agreed with, and 0 elsewhere."""
+    if speculates_B is not None:
+        agrees_BN = agrees_BN & speculates_B[:, None]
     misses_BN = (~agrees_BN).float()
     misses_BN[:, 0] = 0  # the root is no guess
     return (tree.depth_N + 1) * (misses_BN @ tree.mask_NN.float().T == 0)

@@ -30,10 +30,10 @@ from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, slots
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
-from medusa_ray.medusa.sampling import Sampling, Settings
+from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer
-from medusa_ray.medusa.tree import RankPath, Tree
+from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import Ahead, Outcome, TreePass, advance
 
 log = logging.getLogger("medusa_ray")
@@ -46,7 +46,7 @@ class Delta:
     """What one step added to one reply."""
 
     token_ids: list[int]
-    finish_reason: str | None  # stop | length | cancelled
+    finish_reason: str | None  # stop | length | deadline | cancelled
     num_steps: int  # so far, the prefill left out
     accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
     num_guesses: int = 0  # so far
@@ -100,12 +100,15 @@ class Engine:
         max_total_tokens: int = 2048,
         is_adaptive: bool = False,
         shares_prefixes: bool = True,
+        max_waiting: int | None = None,
     ) -> None:
         """is_adaptive: steps take as much of the tree as pays at the load. shares_prefixes: prompts that begin alike
-        share what the base computed of that; when measuring, the second time of a prompt would flatter.
+        share what the base computed of that; when measuring, the second time of a prompt would flatter. max_waiting:
+        requests that `add` takes beyond max_batch_size; None for any number.
 
-        Raises ValueError when base, heads and tree do not fit together.
+        Raises ValueError when base, heads and tree do not fit together, before memory is taken for them.
         """
+        _check_counts(max_batch_size, max_total_tokens, max_waiting)
         tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
         _check_fit(backbone, heads, tree)
         if backbone.rope_limit is not None and max_total_tokens > backbone.rope_limit:
@@ -125,7 +128,7 @@ class Engine:
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
-        self.scheduler = Scheduler(self.cache, max_batch_size, num_slack=len(tree))
+        self.scheduler = Scheduler(self.cache, max_batch_size, len(tree), max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None
         self._guesser = heads.stack() if heads else None
@@ -150,6 +153,7 @@ class Engine:
         revision: str | None = None,
         compile: Literal["no", "wait", "background"] = "no",
         shares_prefixes: bool = True,
+        max_waiting: int | None = None,
     ) -> "Engine":
         """The engine of a base and its heads.
 
@@ -158,8 +162,11 @@ class Engine:
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
         or hub name, which takes a while the first time, or build it in the "background"; where there is none it runs
-        eagerly, and `mode` says so. shares_prefixes as in Engine(). Raises ValueError for what cannot be served.
+        eagerly, and `mode` says so. shares_prefixes, max_waiting as in Engine(). Raises ValueError for what cannot be
+        served.
         """
+        # Now, rather than after minutes of loading.
+        _check_counts(max_batch_size, max_total_tokens, max_waiting)
         torch_dtype = getattr(torch, dtype)
         if isinstance(base, PreTrainedModel):
             if compile != "no":
@@ -186,6 +193,7 @@ class Engine:
             max_total_tokens,
             tree == "auto",
             shares_prefixes,
+            max_waiting,
         )
         if compile == "wait":
             engine.compile(str(base), dtype, revision)
@@ -240,11 +248,15 @@ class Engine:
 
     @torch.inference_mode()
     def _take_in(self) -> list[tuple[Sequence, Delta]]:
-        """Moves prompts on by one pass; the first token of each sequence whose prompt this completes."""
+        """Moves prompts on by one pass; the end of each sequence that is cancelled or late, and the first token of
+        each whose prompt this completes."""
         self._adopt()
+        deltas = [(sequence, _delta(sequence, [], None)) for sequence in self.scheduler.end_early()]
+        if deltas:
+            self._drop(self.scheduler.release())
         self.scheduler.admit()
-        group = self.scheduler.next_group(PREFILL_TOKENS)
-        deltas = self._prefill(group) if group else []
+        if group := self.scheduler.next_group(PREFILL_TOKENS):
+            deltas += self._prefill(group)
         self._drop(self.scheduler.release())
         return deltas
 
@@ -261,10 +273,14 @@ class Engine:
 
     def _pick_tree(self) -> Tree:
         """As much of the tree as pays with the sequences that run."""
+        running = self.scheduler.running
+        num_speculating = sum(sequence.request.speculates for sequence in running)
+        if not num_speculating:
+            return self._root_only
         if not self.is_adaptive:
             return self.tree
         sizer = self.sizer or self.measure()
-        return self.trees[sizer.pick(len(self.scheduler.running))]
+        return self.trees[sizer.pick(len(running), num_speculating / len(running))]
 
     def _try(self, batch: Batch, tree: Tree, longest: int) -> Outcome:
         """What the base says of the tree, and commits. longest: cached tokens."""
@@ -327,10 +343,11 @@ class Engine:
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
                 sequence.hidden_parts.append(outcome.hidden_BWC[row, tree.walk_ND[node, : len(taken)]])
-            self._count(sequence, len(tree), len(taken))
+            self._count(sequence, len(tree) if sequence.request.speculates else 1, len(taken))
             deltas.append((sequence, _delta(sequence, taken, logprobs)))
         if self.sizer is not None:
-            self.sizer.learn(len(tree), [node for node, *_ in rows])
+            ends = [node for (node, *_), (s, _) in zip(rows, deltas, strict=True) if s.request.speculates]
+            self.sizer.learn(len(tree), ends)
         return deltas
 
     def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:
@@ -486,14 +503,26 @@ class Engine:
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
 
+    def check_room(self) -> None:
+        """Raises QueueFull when `add` would: before the work of making a request."""
+        self.scheduler.check_room()
+
     def add(self, request: Request) -> Sequence:
-        """Queues a request. Raises ValueError when it can never be served, RuntimeError when the engine has failed."""
+        """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
+        now, RuntimeError when the engine has failed."""
         self.check(request)
+        sequence = Sequence(request, self.eos_ids)
+        self._queue(sequence)
+        return sequence
+
+    def _queue(self, sequence: Sequence) -> None:
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}")
-        sequence = Sequence(request, self.eos_ids)
         self.scheduler.add(sequence)
-        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Lets the next step end a sequence, with the tokens that it has then, unless it has ended by itself."""
+        self.scheduler.cancel(sequence)
 
     def generate(
         self,
@@ -515,20 +544,25 @@ class Engine:
         ]
         for request in requests:
             self.check(request)
-        sequences = [self.add(request) for request in requests]
-        while not all(sequence.finish_reason for sequence in sequences):
+        sequences: list[Sequence] = []
+        while len(sequences) < len(requests) or not all(sequence.finish_reason for sequence in sequences):
+            while len(sequences) < len(requests) and self.scheduler.has_room:
+                sequences.append(self.add(requests[len(sequences)]))
             self.step()
         return [_completion(sequence) for sequence in sequences]
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """One Delta per step; leaving early cancels the request. Raises as `add` does, before the first Delta."""
-        sequence = self.add(request)
+        self.check(request)
+        sequence = Sequence(request, self.eos_ids)
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        # Before it is queued, for from then on the thread may send to it, its last tokens or a failure even.
         self._readers[sequence] = (asyncio.get_running_loop(), queue)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
-            self._thread.start()
         try:
+            self._queue(sequence)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
+                self._thread.start()
             while True:
                 delta = await queue.get()
                 if isinstance(delta, Exception):
@@ -538,7 +572,7 @@ class Engine:
                     return
         finally:
             self._readers.pop(sequence, None)
-            sequence.is_cancelled = True  # the next step lets it go, if it has not ended by itself
+            self.cancel(sequence)
 
     def _serve(self) -> None:
         """Body of the engine's thread: steps while there is work, and sleeps while there is none."""
@@ -609,7 +643,19 @@ def doublings(largest: int) -> list[int]:
     return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest] if largest else []
 
 
+def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int | None) -> None:
+    for name, count, least in (
+        ("max_batch_size", max_batch_size, 1),
+        ("max_total_tokens", max_total_tokens, 2),  # of the prompt and of the reply
+        ("max_waiting", 0 if max_waiting is None else max_waiting, 0),
+    ):
+        if not is_whole(count) or count < least:
+            raise ValueError(f"{name} is {count!r}; expected a whole number, at least {least}.")
+
+
 def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> None:
+    if Tree.from_paths(tree.paths).paths != tree.paths:
+        raise ValueError("the tree has children before their parents; make it by Tree.from_paths.")
     if heads is None:
         if tree.paths:
             raise ValueError(f"a tree of {len(tree.paths)} guesses needs heads, but none were given.")
@@ -641,8 +687,7 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
     if isinstance(tree, str) and tree != "auto":
         raise ValueError(f'tree is {tree!r}; expected "auto", "chain", rank paths or a Tree.')
     if tree is not None and tree != "auto":
-        paths: list[RankPath] = [tuple(path) for path in tree]
-        return Tree.from_paths(paths)
+        return Tree.from_paths(tree)
     file = folder / "tree.json" if folder else None
     return Tree.load(file) if file is not None and file.exists() else None
 

@@ -7,9 +7,10 @@ same with and without heads, and alone or in any batch.
 # B requests   N tree nodes   V vocab
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +31,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "typical_threshold": (0, 1),
     "typical_alpha": (0, 1),
 }
+WHOLE = {"top_k", "seed", "logprobs"}
 MAX_BIAS = 100
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class AllowedTokens(Protocol):
@@ -62,6 +69,9 @@ class Settings:
     acceptance: Literal["exact", "typical"] = "exact"  # typical changes what is generated: see acceptance.py
     typical_threshold: float = 0.09  # epsilon and alpha of the Medusa paper, as its authors' code has them
     typical_alpha: float = 0.3
+    speculates: bool = (
+        True  # False: no guesses are verified for it, which changes its steps and not its tokens
+    )
 
     @property
     def is_penalised(self) -> bool:
@@ -71,19 +81,22 @@ class Settings:
         """Raises ValueError for a setting out of its range, which may be the vocabulary's."""
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            is_left_out = value is None and name in ("seed", "logprobs")
-            if not is_left_out and not least <= value <= most:  # NaN is outside too
-                raise ValueError(f"{name} is {value}; expected {least} to {most}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            is_number = is_whole(value) or (isinstance(value, numbers.Real) and name not in WHOLE)
+            if not is_number or not least <= value <= most:  # NaN is outside too
+                kind = ", a whole number" if name in WHOLE else ""
+                raise ValueError(f"{name} is {value!r}; expected {least} to {most}{kind}.")
+        if not isinstance(self.top_p, numbers.Real) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; expected more than 0 and at most 1.")
         if self.acceptance not in ("exact", "typical"):
             raise ValueError(f'acceptance is {self.acceptance!r}; expected "exact" or "typical".')
         for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"logit_bias has the token id {token}, outside 0 ... {vocab_size - 1}.")
-            if not -MAX_BIAS <= bias <= MAX_BIAS:
+            if not is_whole(token) or not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias has the token id {token!r}, outside 0 ... {vocab_size - 1}.")
+            if not isinstance(bias, numbers.Real) or not -MAX_BIAS <= bias <= MAX_BIAS:
                 raise ValueError(
-                    f"logit_bias of token {token} is {bias}; expected {-MAX_BIAS} to {MAX_BIAS}."
+                    f"logit_bias of token {token} is {bias!r}; expected {-MAX_BIAS} to {MAX_BIAS}."
                 )
         if self.allowed_tokens is not None:
             mask_V = self.allowed_tokens([])
@@ -129,11 +142,12 @@ class Sampling:
     typical: Typical | None
     is_masked: bool  # some request has allowed_tokens
     num_logprobs: int | None  # alternatives of the request that wants most
+    speculates_B: Tensor | None  # rows that want guesses
 
     @property
     def is_plain(self) -> bool:
-        """Whether every request wants the likeliest token as it is, and nothing else of the scores."""
-        changes = self.bias_BV, self.penalties, self.num_logprobs
+        """Whether every request wants the likeliest token as it is, and takes guesses."""
+        changes = self.bias_BV, self.penalties, self.num_logprobs, self.speculates_B
         return self.is_greedy and not self.is_masked and all(change is None for change in changes)
 
     @classmethod
@@ -164,6 +178,11 @@ class Sampling:
             typical=_typical(requests, device),
             is_masked=any(r.allowed_tokens is not None for r in requests),
             num_logprobs=max((r.logprobs for r in requests if r.logprobs is not None), default=None),
+            speculates_B=(
+                None
+                if all(r.speculates for r in requests)
+                else torch.tensor([r.speculates for r in requests], device=device)
+            ),
         )
 
 

@@ -1,19 +1,23 @@
 """Requests -> the sequences that run together: who waits, who joins, who leaves, and which pages they hold.
 
 A sequence gets all the pages that it can ever need when it joins, so a running sequence never has to be stopped for
-want of memory.
+want of memory. Nobody overtakes: the oldest of those that wait gets the pages that running ones leave.
 """
 
+import math
+import numbers
 import random
 import threading
+import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
-from medusa_ray.medusa.sampling import Settings
+from medusa_ray.medusa.sampling import Settings, is_whole
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,39 @@ class Request(Settings):
     stop_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     ignore_eos: bool = False
     capture_hidden: bool = False
+    deadline_s: float | None = None  # from `add` on; past it the reply ends with what it has
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError for what is out of its range, which may be the vocabulary's."""
+        if not isinstance(self.prompt_ids, list):
+            raise ValueError(
+                f"the prompt is of type {type(self.prompt_ids).__name__}; expected a list of token ids."
+            )
         if not self.prompt_ids:
             raise ValueError("the prompt has no tokens; send at least one.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
-        for what, ids in (("the prompt has", self.prompt_ids), ("stop_ids have", self.stop_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                raise ValueError(f"{what} token ids outside 0 ... {vocab_size - 1}.")
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens!r}; expected a whole number, at least 1."
+            )
+        limit_s = math.inf if self.deadline_s is None else self.deadline_s
+        if not isinstance(limit_s, numbers.Real) or not limit_s > 0:  # NaN too
+            raise ValueError(f"deadline_s is {limit_s!r}; expected more than 0 seconds.")
+        _check_token_ids("the prompt has", self.prompt_ids, vocab_size)
+        _check_token_ids("stop_ids have", self.stop_ids, vocab_size)
         super().check(vocab_size)
+
+
+def _check_token_ids(what: str, ids: Collection[int], vocab_size: int) -> None:
+    # Prompts are long, so no loop of Python's own sees each token of a right one.
+    are_whole = all(kind is not bool and issubclass(kind, numbers.Integral) for kind in set(map(type, ids)))
+    if are_whole and (not ids or 0 <= min(ids) <= max(ids) < vocab_size):
+        return
+    wrong = next(t for t in ids if not is_whole(t) or not 0 <= t < vocab_size)
+    raise ValueError(f"{what} the token id {wrong!r}, outside 0 ... {vocab_size - 1}.")
+
+
+class QueueFull(Exception):
+    """As many requests run or wait as may; a later one may find room."""
 
 
 @dataclass(eq=False)
@@ -53,15 +79,22 @@ class Sequence:
     num_guesses: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     hidden_parts: list[Tensor] = field(default_factory=list)
-    finish_reason: str | None = None
-    is_cancelled: bool = False
+    finish_reason: str | None = None  # stop | length | deadline | cancelled
+    is_cancelled: bool = False  # by `Scheduler.cancel`; the step after that ends it
+    ends_by_s: float = math.inf  # on the monotonic clock
 
     def __post_init__(self) -> None:
         self.seed = random.getrandbits(62) if self.request.seed is None else self.request.seed
+        if self.request.deadline_s is not None:
+            self.ends_by_s = time.monotonic() + self.request.deadline_s
 
-    @property
-    def is_over(self) -> bool:
-        return self.is_cancelled or self.finish_reason is not None
+    def end_early(self, now_s: float) -> bool:
+        """Ends it if it was cancelled or is past its deadline; returns whether."""
+        if self.is_cancelled:
+            self.finish_reason = "cancelled"
+        elif self.ends_by_s <= now_s:
+            self.finish_reason = "deadline"
+        return self.finish_reason is not None
 
     @property
     def num_left(self) -> int:
@@ -101,36 +134,75 @@ class Sequence:
 class Scheduler:
     """First come, first served, as rows and pages allow."""
 
-    def __init__(self, cache: PagedCache, max_batch_size: int, num_slack: int) -> None:
+    def __init__(
+        self, cache: PagedCache, max_batch_size: int, num_slack: int, max_waiting: int | None = None
+    ) -> None:
+        """max_waiting: requests that may be there beyond those that have a row; None for any number."""
         self.cache, self.max_batch_size = cache, max_batch_size
         self.num_slack = num_slack  # slots that a step's guesses may take beyond the last token
+        self.max_open = math.inf if max_waiting is None else max_batch_size + max_waiting
+        self.num_open = 0  # all of those below
         self.waiting: deque[Sequence] = deque()
         self.joining: list[Sequence] = []  # they hold pages, and their prompts are on the way into these
         self.running: list[Sequence] = []
         self.work = threading.Event()  # set while somebody waits or runs
+        self._lock = threading.Lock()  # for what `add` and `cancel` change
+        self._look_at_s = math.inf  # not before then has anybody to go who waits
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_open < self.max_open
+
+    def check_room(self) -> None:
+        """Raises QueueFull where max_waiting forbids one more."""
+        if not self.has_room:
+            raise QueueFull(
+                f"{self.num_open} requests run or wait here, and no more than {self.max_open} may, of which "
+                f"{self.max_batch_size} run"
+            )
 
     def add(self, sequence: Sequence) -> None:
-        """Safe to call while a step runs in another thread."""
-        self.waiting.append(sequence)
+        """Safe to call while a step runs in another thread. Raises as check_room does."""
+        with self._lock:
+            self.check_room()
+            self.num_open += 1
+            self.waiting.append(sequence)
+            self._look_at_s = min(self._look_at_s, sequence.ends_by_s)
         self.work.set()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Lets the next step end a sequence, wherever it is. Safe to call while a step runs in another thread."""
+        with self._lock:
+            sequence.is_cancelled = True
+            self._look_at_s = -math.inf
+
+    def end_early(self) -> list[Sequence]:
+        """Ends the sequences that were cancelled or are past their deadline; `release` takes their pages."""
+        now_s = time.monotonic()
+        ended = [sequence for sequence in (*self.joining, *self.running) if sequence.end_early(now_s)]
+        with self._lock:
+            if self._look_at_s <= now_s:
+                gone = [sequence for sequence in self.waiting if sequence.end_early(now_s)]
+                self.waiting = deque(sequence for sequence in self.waiting if sequence.finish_reason is None)
+                self._look_at_s = min((sequence.ends_by_s for sequence in self.waiting), default=math.inf)
+                ended += gone
+        return ended
 
     def admit(self) -> None:
         """Lets waiting sequences join while there is room."""
         while self.waiting and len(self.joining) + len(self.running) < self.max_batch_size:
-            sequence = self.waiting[0]
-            if not sequence.is_cancelled:
-                request = sequence.request
-                shared = self.cache.share(request.prompt_ids)
-                num_pages = PagedCache.pages_for(
-                    len(request.prompt_ids) + request.max_new_tokens + self.num_slack
-                )
-                if num_pages - len(shared) > self.cache.num_free_pages:
-                    self.cache.give_back(shared)
-                    break
-                sequence.pages = shared + self.cache.take(num_pages - len(shared))
-                sequence.num_prefilled = len(shared) * PAGE_SIZE
-                self.joining.append(sequence)
-            self.waiting.popleft()
+            request = self.waiting[0].request
+            shared = self.cache.share(request.prompt_ids)
+            num_pages = PagedCache.pages_for(
+                len(request.prompt_ids) + request.max_new_tokens + self.num_slack
+            )
+            if num_pages - len(shared) > self.cache.num_free_pages:
+                self.cache.give_back(shared)
+                break
+            sequence = self.waiting.popleft()
+            sequence.pages = shared + self.cache.take(num_pages - len(shared))
+            sequence.num_prefilled = len(shared) * PAGE_SIZE
+            self.joining.append(sequence)
 
     def next_group(self, max_tokens: int) -> list[Sequence]:
         """Joining sequences whose next pieces go through the base together, padded to the longest of them.
@@ -157,15 +229,15 @@ class Scheduler:
         self.running += sequences
 
     def release(self) -> list[int]:
-        """Lets finished and cancelled sequences go, with their pages; returns the running rows that stay."""
+        """Lets sequences go that have ended, with their pages; returns the running rows that stay."""
         for sequence in (*self.joining, *self.running):
-            if sequence.is_over:
+            if sequence.finish_reason:
                 self.cache.give_back(sequence.pages)
-        self.joining = [sequence for sequence in self.joining if not sequence.is_over]
-        stay = [row for row, sequence in enumerate(self.running) if not sequence.is_over]
+        self.joining = [sequence for sequence in self.joining if not sequence.finish_reason]
+        stay = [row for row, sequence in enumerate(self.running) if not sequence.finish_reason]
         self.running = [self.running[row] for row in stay]
-        if not (self.running or self.joining or self.waiting):
-            self.work.clear()
-            if self.waiting:  # added between the check and the clear
-                self.work.set()
+        with self._lock:
+            self.num_open = len(self.waiting) + len(self.joining) + len(self.running)
+            if not self.num_open:
+                self.work.clear()
         return stay

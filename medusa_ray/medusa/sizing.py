@@ -33,26 +33,26 @@ class TreeSizer:
         # Of each node: how often the base agrees with all of its walk. To begin with, any guess but a first is poor.
         self.chances = [1.0, *(0.5 ** (len(path) + sum(path)) for path in tree.paths)]
         self._num_seen = [PRIOR] * len(tree)
-        self._num_steps = self._num_rows = 0
+        self._num_steps, self._load = 0, (0, 0.0)
 
-    def pick(self, num_rows: int) -> int:
-        """Nodes of the next step, the root counted."""
+    def pick(self, num_rows: int, share: float = 1.0) -> int:
+        """Nodes of the next step, the root counted. share: of the rows, those that want guesses."""
         self._num_steps += 1
         if self._num_steps % PROBE_EVERY == 0:
             return self.sizes[-1]
-        if num_rows != self._num_rows or self._num_steps % REVIEW_EVERY == 0:
-            self._num_rows, best = num_rows, self.best(num_rows)
-            if self.rate(num_rows, best) > HYSTERESIS * self.rate(num_rows, self.size):
+        if (num_rows, share) != self._load or self._num_steps % REVIEW_EVERY == 0:
+            self._load, best = (num_rows, share), self.best(num_rows, share)
+            if self.rate(num_rows, best, share) > HYSTERESIS * self.rate(num_rows, self.size, share):
                 self.size = best
         return self.size
 
-    def best(self, num_rows: int) -> int:
+    def best(self, num_rows: int, share: float = 1.0) -> int:
         """The size that gives most tokens per second."""
-        return max(self.sizes, key=lambda size: self.rate(num_rows, size))
+        return max(self.sizes, key=lambda size: self.rate(num_rows, size, share))
 
-    def rate(self, num_rows: int, size: int) -> float:
-        """Tokens per second that a sequence is expected to get."""
-        return self.tokens(size) / self.seconds(num_rows, size)
+    def rate(self, num_rows: int, size: int, share: float = 1.0) -> float:
+        """Tokens per second that a sequence is expected to get, on the average of those with guesses and without."""
+        return (1 - share + share * self.tokens(size)) / self.seconds(num_rows, size)
 
     def tokens(self, size: int) -> float:
         """Tokens that a step of a sequence is expected to commit."""

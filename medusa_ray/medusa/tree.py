@@ -28,6 +28,10 @@ from torch import Tensor
 RankPath = tuple[int, ...]
 
 MASK_BITS = 64  # nodes that ancestor_bits can tell apart
+MAX_GUESSES = (
+    255  # four times those of the published tree; a step computes them all, and for each a score a token
+)
+MAX_FILE_BYTES = 2**20
 
 # Each path's ranks, a digit a head: "mc_sim_7b_63" of the Medusa authors (github.com/FasterDecoding/Medusa).
 PUBLISHED = (
@@ -55,16 +59,19 @@ class Tree:
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> "Tree":
         """The tree of these rank paths, put in an order where parents come first.
 
-        Raises ValueError for an empty or repeated path, a negative rank, or a path whose parent is missing.
+        Raises ValueError for an empty or repeated path, a negative rank, a path whose parent is missing, or too many.
         """
-        wanted = [tuple(path) for path in paths]
-        if len(set(wanted)) < len(wanted):
-            raise ValueError(
-                f"the path {next(p for p in wanted if wanted.count(p) > 1)} comes twice; keep one."
-            )
+        try:
+            wanted = [tuple(path) for path in paths]
+        except TypeError:
+            raise ValueError(f"{paths!r} is no list of rank paths; expected such as [[0], [0, 2]].") from None
+        if len(wanted) > MAX_GUESSES:
+            raise ValueError(f"the tree has {len(wanted)} guesses; expected at most {MAX_GUESSES}.")
         for path in wanted:
-            if not path or any(not isinstance(rank, int) or rank < 0 for rank in path):
+            if not path or any(type(rank) is not int or rank < 0 for rank in path):  # a bool is no rank
                 raise ValueError(f"{path} is not a rank path; expected ranks from 0, such as (0,) or (0, 2).")
+            if wanted.count(path) > 1:
+                raise ValueError(f"the path {path} comes twice; keep one.")
             if path[:-1] and path[:-1] not in wanted:
                 raise ValueError(f"{path} has no parent in the tree; add {path[:-1]} or leave the path out.")
         ordered: dict[RankPath, None] = {}
@@ -75,7 +82,8 @@ class Tree:
 
     @classmethod
     def chain(cls, num_heads: int) -> "Tree":
-        """Each head's best guess in a row."""
+        """Each head's best guess in a row. Raises ValueError when there are no heads."""
+        _check_size("num_heads", num_heads)
         return cls(tuple((0,) * depth for depth in range(1, num_heads + 1)))
 
     @classmethod
@@ -92,8 +100,9 @@ class Tree:
         its end. Counting whole paths measures each node's chance given that its parent was right; the product of
         the heads' separate accuracies (Medusa, arXiv 2401.10774, optimised tree
         construction) assumes that heads fail independently, which they do not. A child is never worth more than its
-        parent, so taking the best paths one by one always gives a tree.
+        parent, so taking the best paths one by one always gives a tree. Raises ValueError for a size below 1.
         """
+        _check_size("num_nodes", num_nodes)
         worth: Counter[RankPath] = Counter()
         for ranks in rank_PH.tolist():
             followed = list(itertools.takewhile(lambda rank: rank >= 0, ranks))
@@ -103,11 +112,19 @@ class Tree:
 
     @classmethod
     def load(cls, file: str | Path) -> "Tree":
-        """From tree.json. Raises ValueError when it holds no paths."""
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        """From tree.json. Raises ValueError when it holds no tree."""
+        if (num_bytes := Path(file).stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(f"{file} has {num_bytes} bytes; a tree has at most {MAX_FILE_BYTES}.")
+        try:
+            record = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON: {error}.") from None
         if not isinstance(record, dict) or "paths" not in record:
             raise ValueError(f'{file} has no "paths"; expected {{"paths": [[0], [0, 0], ...]}}.')
-        return cls.from_paths(record["paths"])
+        try:
+            return cls.from_paths(record["paths"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def __len__(self) -> int:
         """Nodes, the root included."""
@@ -176,6 +193,7 @@ class Tree:
 
     def prefix(self, num_nodes: int) -> "Tree":
         """The tree of the first nodes, the root counted, that takes its guesses from as many ranks as this one."""
+        assert 1 <= num_nodes <= len(self), (num_nodes, len(self))
         smaller = Tree(self.paths[: num_nodes - 1])
         smaller.__dict__["num_ranks"] = self.num_ranks
         return smaller
@@ -187,6 +205,11 @@ class Tree:
         for name in ("depth_N", "parent_N", "guess_N", "mask_NN", "walk_ND"):
             moved.__dict__[name] = getattr(self, name).to(device)
         return moved
+
+
+def _check_size(name: str, size: int) -> None:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{name} is {size!r}; expected a whole number, at least 1.")
 
 
 def ancestor_bits(mask_NN: Tensor) -> Tensor:
