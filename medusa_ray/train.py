@@ -353,6 +353,7 @@ class HeadTrainer(nn.Module):
         output_layer_VC = ray.get(job.output_layer)
         vocab_size, hidden_size = output_layer_VC.shape
         self.dtype = getattr(torch, job.train.dtype)
+        torch.manual_seed(job.train.seed)  # low-rank terms begin at random
         self.heads = MedusaHeads(
             **job.heads.model_dump(exclude={"draft_vocab_size"}),
             hidden_size=hidden_size,
@@ -415,7 +416,6 @@ def start_engine(job: Job) -> Any:
         torch.set_num_threads(1)  # a worker has one CPU
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend=dist.get_backend())
-    torch.manual_seed(job.train.seed)  # low-rank terms begin at random
     model = HeadTrainer(job)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=job.train.weight_decay, fused=True)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(job.train))[0]

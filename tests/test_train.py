@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates("constant") == warm_up + [1.0] * 8
     assert rates("linear") == [*warm_up, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert rates("cosine") == [*warm_up, 1.0, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]
+
+
+def test_initial_weights_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that begin apart are made equal by DeepSpeed; runs are not."""
+    config = write_run(tmp_path, num_rows=1, heads={"layout": "lowrank"}, num_workers=1)
+    monkeypatch.setattr(train.ray, "get", lambda _: train.read_output_layer(config.model))
+
+    def initial(seed: int) -> torch.Tensor:
+        job = replace(job_of(config), train=config.train.model_copy(update={"seed": seed}))
+        return train.HeadTrainer(job).heads.low_rank_term(1).down.weight
+
+    assert torch.equal(initial(3), initial(3))
+    assert not torch.equal(initial(3), initial(4))
 
 
 def test_deepspeed_is_told_all_that_the_config_says() -> None:
