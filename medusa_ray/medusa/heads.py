@@ -268,10 +268,14 @@ class HeadStack:
             states_HBC = states_HBC + F.silu(product_HBC)
         if self.output.dim() == 3:
             return torch.bmm(states_HBC, self.output.transpose(1, 2)).transpose(0, 1)
-        logits_BHM = F.linear(states_HBC.transpose(0, 1), self.output)
+        states_BHC = states_HBC.transpose(0, 1)
+        return self._with_terms(F.linear(states_BHC, self.output), states_BHC)
+
+    def _with_terms(self, logits_BHM: Tensor, states_BHC: Tensor) -> Tensor:
+        """Adds the low-rank terms, if there are any, to the logits that the base's output layer gave."""
         if self.down_HRC is None or self.up_HMR is None:
             return logits_BHM
-        low_HBR = torch.bmm(states_HBC, self.down_HRC.transpose(1, 2))
+        low_HBR = torch.bmm(states_BHC.transpose(0, 1), self.down_HRC.transpose(1, 2))
         return torch.baddbmm(logits_BHM.transpose(0, 1), low_HBR, self.up_HMR.transpose(1, 2)).transpose(0, 1)
 
 
@@ -292,10 +296,8 @@ class PackedHeadStack(HeadStack):
         ]
         outputs = [self.output] if self.output.dim() == 2 else self.output
         self.outputs = [_pack(output_MC, None, fast) for output_MC in outputs]
-        self.terms = []
-        if self.down_HRC is not None and self.up_HMR is not None:
-            pairs = zip(self.down_HRC, self.up_HMR, strict=True)
-            self.terms = [(_pack(down_RC, None, fast), _pack(up_MR, None, fast)) for down_RC, up_MR in pairs]
+        if self.down_HRC is not None and self.up_HMR is not None:  # so thin that packing them gains nothing
+            self.down_HRC, self.up_HMR = self.down_HRC.to(fast), self.up_HMR.to(fast)
 
     def logits(self, hidden_BC: Tensor) -> Tensor:
         hidden_BC = hidden_BC.to(self.dtype)
@@ -305,10 +307,7 @@ class PackedHeadStack(HeadStack):
             blocks = [block(states_BHC[:, head]) for head, block in enumerate(layer)]
             states_BHC = states_BHC + F.silu(torch.stack(blocks, 1))
         if len(self.outputs) == 1:
-            logits_BHM = self.outputs[0](states_BHC)
-            for head, (down, up) in enumerate(self.terms):
-                logits_BHM[:, head] += up(down(states_BHC[:, head]))
-            return logits_BHM
+            return self._with_terms(self.outputs[0](states_BHC), states_BHC)
         return torch.stack([output(states_BHC[:, head]) for head, output in enumerate(self.outputs)], 1)
 
 
