@@ -83,8 +83,16 @@ class HeadsConfig(Strict):
         3, gt=0, le=16, description="Head k guesses the token k + 2 places ahead (k from 0)."
     )
     num_layers: int = Field(1, gt=0, le=8, description="Residual blocks in each head.")
-    layout: Literal["own", "shared"] = Field(
-        "own", description="own: an output layer per head, copied from the base; shared: the base's own."
+    layout: Literal["own", "shared", "lowrank"] = Field(
+        "own",
+        description="own: an output layer per head, copied from the base; shared: the base's own; lowrank: the base's "
+        "own and a low-rank term per head.",
+    )
+    rank: int = Field(64, gt=0, description="Rank of that term; nothing to the other layouts.")
+    draft_vocab_size: int | None = Field(
+        None,
+        gt=0,
+        description="Heads guess only so many tokens, those that training labels name most often; null: all tokens.",
     )
 
 

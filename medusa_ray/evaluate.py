@@ -72,7 +72,7 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     dtype = getattr(torch, config.model.dtype)
     backbone = Backbone.load(config.model.base, dtype, device, config.model.revision)
     heads = MedusaHeads.load(config.artifact("heads"), dtype=dtype, device=device)
-    if heads.layout == "shared":
+    if heads.shares_output:
         heads.init_from(backbone.output_weight_VC)
     heads = heads.eval().requires_grad_(False)
     baseline = _engine(config, backbone)
@@ -147,7 +147,7 @@ def ranks_of(heads: HeadStack, reply: Completion) -> Tensor:
     -1 where the token is not among the head's NUM_RANKS best, -2 where the reply has ended.
     """
     assert reply.hidden_TC is not None
-    guess_THK = heads.topk(reply.hidden_TC[:-1], min(NUM_RANKS, heads.vocab_size)).cpu()
+    guess_THK = heads.topk(reply.hidden_TC[:-1], min(NUM_RANKS, heads.draft_vocab_size)).cpu()
     tokens = torch.tensor(reply.token_ids)
     rank_TH = torch.full(guess_THK.shape[:2], -2)
     for head in range(heads.num_heads):

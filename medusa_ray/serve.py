@@ -142,7 +142,7 @@ class Server:
 
     def info(self) -> dict[str, Any]:
         """What is served, and how: enough to label a benchmark of it."""
-        engine = self.engine
+        engine, heads = self.engine, self.engine.heads
         parameter = next(engine.model.parameters())
         return {
             "model_id": self.args.model_id,
@@ -150,6 +150,8 @@ class Server:
             "base": self.args.base,
             "heads": self.args.heads,
             "num_heads": engine.num_heads,
+            "head_layout": heads.layout if heads else None,
+            "draft_vocab_size": heads.draft_vocab_size if heads else None,
             "tree_nodes": engine.num_nodes,
             "is_adaptive": engine.is_adaptive,
             "shares_prefixes": self.args.shares_prefixes,

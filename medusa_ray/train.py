@@ -53,6 +53,7 @@ class Job:
     device: str
     output_layer: ray.ObjectRef  # the base's, [V, C]
     num_positions: int  # of hidden/, those that some head has a label for
+    token_map_M: Tensor | None  # the tokens that heads guess; None for the whole vocabulary
     heads: HeadsConfig
     train: TrainConfig
 
@@ -95,6 +96,7 @@ def run(config: RunConfig) -> str:
 
     output_layer_VC = read_output_layer(config.model)
     num_positions = survey(hidden, config, output_layer_VC.shape[1])
+    token_map_M, draft_coverage = choose_draft(hidden, config.heads, output_layer_VC.shape[0])
     job = Job(
         hidden=hidden,
         output=heads,
@@ -102,6 +104,7 @@ def run(config: RunConfig) -> str:
         device=shards.device_of(config.model),
         output_layer=ray.put(output_layer_VC),
         num_positions=num_positions,
+        token_map_M=token_map_M,
         heads=config.heads,
         train=config.train,
     )
@@ -115,7 +118,7 @@ def run(config: RunConfig) -> str:
         raise UserError(result.return_value)
     remove(training)
     num_seen = job.steps_per_epoch * job.positions_per_step
-    facts = {"num_steps": job.num_steps, "num_positions": job.num_positions}
+    facts = {"num_steps": job.num_steps, "num_positions": job.num_positions, "draft_coverage": draft_coverage}
     provenance.write(heads, settings, inputs, **facts, num_repeated_per_epoch=num_seen - job.num_positions)
     return config.artifact("heads")
 
@@ -213,6 +216,31 @@ def survey(hidden: str, config: RunConfig, hidden_size: int) -> int:
             "longer replies with distill.max_new_tokens."
         )
     return num_positions
+
+
+def choose_draft(hidden: str, heads: HeadsConfig, vocab_size: int) -> tuple[Tensor | None, float]:
+    """The heads.draft_vocab_size tokens that labels name most often, as a token map, and their share of all labels.
+
+    Of tokens that are named equally often, those with the lowest ids. Raises UserError when the base has fewer tokens.
+    """
+    size = heads.draft_vocab_size
+    if size is None:
+        return None, 1.0
+    if size > vocab_size:
+        raise UserError(
+            f"heads.draft_vocab_size is {size}, but the base has a vocabulary of {vocab_size}. Set it to less, or to "
+            "null for the whole vocabulary."
+        )
+    count_V = torch.zeros(vocab_size, dtype=torch.int64)
+    for name in parts.names(hidden):
+        table = parts.read(hidden, name, ["input_ids", "position", "label_mask"])
+        rows = [labels_NH.flatten() for _, _, labels_NH in labelled(table, heads.num_heads)]
+        labels = torch.cat([*rows, torch.empty(0, dtype=torch.int64)])  # a part may have no rows
+        count_V += torch.bincount(labels[labels != IGNORED], minlength=vocab_size)
+    chosen_M = count_V.argsort(descending=True, stable=True)[:size]
+    coverage = (count_V[chosen_M].sum() / count_V.sum()).item()
+    LOG.info("stage=train draft_vocab_size=%d draft_coverage=%.4f", size, coverage)
+    return chosen_M.sort().values, coverage
 
 
 @contextmanager
@@ -325,12 +353,17 @@ class HeadTrainer(nn.Module):
         output_layer_VC = ray.get(job.output_layer)
         vocab_size, hidden_size = output_layer_VC.shape
         self.dtype = getattr(torch, job.train.dtype)
+        torch.manual_seed(job.train.seed)  # low-rank terms begin at random
         self.heads = MedusaHeads(
-            **job.heads.model_dump(), hidden_size=hidden_size, vocab_size=vocab_size, dtype=self.dtype
+            **job.heads.model_dump(exclude={"draft_vocab_size"}),
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            token_map_M=job.token_map_M,
+            dtype=self.dtype,
         )
         self.heads.init_from(output_layer_VC.to(self.dtype))
         self.head_weight = job.train.head_weight
-        self.cross_entropy = cross_entropy_for(job.train.batch_size, vocab_size)
+        self.cross_entropy = cross_entropy_for(self.heads, job.train.batch_size)
 
     def forward(self, hidden_NC: Tensor, labels_NH: Tensor, with_top1: bool) -> HeadLoss:
         return medusa_loss(

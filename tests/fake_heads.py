@@ -21,6 +21,7 @@ class OracleHeads:
             num_heads,
             skill,
         )
+        self.draft_vocab_size = vocab_size
         self.replies: dict[tuple[int, ...], list[int]] = {}
         self.engine = None
         self.random = random.Random(0)
@@ -52,7 +53,8 @@ class TableHeads:
 
     def __init__(self, state_MC: Tensor, guess_MHK: Tensor, vocab_size: int) -> None:
         self.state_MC, self.guess_MHK = state_MC, guess_MHK
-        self.hidden_size, self.num_heads, self.vocab_size = state_MC.shape[1], guess_MHK.shape[1], vocab_size
+        self.hidden_size, self.num_heads = state_MC.shape[1], guess_MHK.shape[1]
+        self.vocab_size = self.draft_vocab_size = vocab_size
 
     def stack(self) -> "TableHeads":
         return self

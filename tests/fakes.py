@@ -11,7 +11,7 @@ from medusa_ray.medusa.scheduler import QueueFull, Request
 class ScriptedEngine:
     """Replies to every request with the same steps, whatever the prompt: [[token, ...], ...]."""
 
-    mode, is_adaptive = "eager", False
+    mode, is_adaptive, heads = "eager", False, None
     num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
 
     def __init__(

@@ -22,7 +22,8 @@ import pytest
 from medusa_ray import cli
 from medusa_ray.cli import progress
 from medusa_ray.cli.cluster import check_writable
-from medusa_ray.config import UserError
+from medusa_ray.cli.estimate import Base, num_head_parameters
+from medusa_ray.config import HeadsConfig, UserError
 
 STAGES = ["data", "distill", "hidden", "train", "evaluate"]
 VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile"]
@@ -201,6 +202,24 @@ def test_plan_counts_and_writes_nothing(tmp_path: Path, medusa_ray: Command) -> 
     assert figures["hidden/ on disk"] == f"at most {7 * 100 * 4096 * 4 / 2**20:,.1f} MiB"
     assert figures["optimizer steps"] == "at most 4"  # 700 positions in batches of 512, twice
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "draft_vocab_size", "expected"),
+    [
+        ("own", None, 4096 * 128256),
+        ("own", 32000, 4096 * 32000),
+        ("shared", 32000, 0),
+        ("lowrank", None, 8 * (4096 + 128256)),
+        ("lowrank", 32000, 8 * (4096 + 32000)),
+    ],
+)
+def test_parameters_of_the_heads_are_those_that_they_have(
+    layout: str, draft_vocab_size: int | None, expected: int
+) -> None:
+    base = Base(4096, 14336, 32, 32, 128256, 8, 128, False)
+    heads = HeadsConfig(num_heads=2, layout=layout, rank=8, draft_vocab_size=draft_vocab_size)
+    assert num_head_parameters(base, heads) == 2 * (4096 * 4097 + expected)
 
 
 def test_plan_of_a_base_out_of_reach_says_so(tmp_path: Path, medusa_ray: Command) -> None:

@@ -26,7 +26,7 @@ def heads_that_guess(table: list[list[list[int]]]) -> SimpleNamespace:
     """Heads that answer state number t with table[t][head], best first."""
     return SimpleNamespace(
         num_heads=len(table[0]),
-        vocab_size=100,
+        draft_vocab_size=100,
         topk=lambda hidden_TC, k: torch.tensor(table)[hidden_TC[:, 0].long(), :, :k],
     )
 
@@ -61,7 +61,8 @@ def test_simulated_and_served_acceleration_agree(tiny_base):
     def topk(hidden_BC, k):
         return torch.einsum("bc,hvc->bhv", hidden_BC, weight_HVC).topk(k, -1).indices
 
-    heads = SimpleNamespace(num_heads=2, hidden_size=32, vocab_size=262, topk=topk, stack=lambda: heads)
+    sizes = {"num_heads": 2, "hidden_size": 32, "vocab_size": 262, "draft_vocab_size": 262}
+    heads = SimpleNamespace(**sizes, topk=topk, stack=lambda: heads)
     prompts = [[1, *torch.randint(6, 262, (9,)).tolist()] for _ in range(6)]
     replies = Engine(backbone, max_total_tokens=128).generate(prompts, 60, capture_hidden=True)
     ranks = [ranks_of(heads, reply) for reply in replies]

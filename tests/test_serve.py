@@ -445,6 +445,8 @@ def test_each_application_has_its_own_name_facts_and_metrics(urls: dict[str, str
     assert wrong.json()["error"]["code"] == "model_not_found"
     info = {name: httpx.get(f"{url}/info").json() for name, url in urls.items()}
     assert (info["medusa"]["num_heads"], info["baseline"]["num_heads"]) == (3, 0)
+    assert (info["medusa"]["head_layout"], info["medusa"]["draft_vocab_size"]) == ("own", 262)
+    assert (info["baseline"]["head_layout"], info["baseline"]["draft_vocab_size"]) == (None, None)
     assert info["medusa"]["mode"] == "eager"
     for name in (
         "medusa_ray_spec_decode_num_drafts_total",

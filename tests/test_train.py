@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_ray import parts, provenance, records, train
-from medusa_ray.config import ModelConfig, RunConfig, TrainConfig, UserError, parse
+from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, whole_cross_entropy
 
@@ -50,8 +51,10 @@ def write_run(folder: Path, num_rows: int = 60, states: str = "float32", **setti
 def job_of(config: RunConfig) -> train.Job:
     hidden, output = config.artifact("hidden"), config.artifact("heads")
     num_positions = train.survey(hidden, config, V)
-    base = config.model.base
-    return train.Job(hidden, output, base, "cpu", None, num_positions, config.heads, config.train)
+    base, token_map_M = config.model.base, train.choose_draft(hidden, config.heads, V)[0]
+    return train.Job(
+        hidden, output, base, "cpu", None, num_positions, token_map_M, config.heads, config.train
+    )
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -109,6 +112,22 @@ def test_states_that_do_not_fill_their_positions_are_refused(tmp_path: Path) -> 
     parts.write(config.artifact("hidden"), "part-000009", records.hidden_table([row], "float32", V))
     with pytest.raises(ValueError, match=r"row 9/0/0: 96 bytes of states, but 2 positions of 24 float32"):
         train.load_share(job_of(config), 0)
+
+
+def test_the_draft_vocabulary_is_what_labels_name_most(tmp_path: Path) -> None:
+    """Tokens of the prompt are no labels, nor is the first of the reply, which the base itself says."""
+    config = write_run(tmp_path, num_rows=0, heads={"num_heads": 2, "draft_vocab_size": 3})
+    for number, reply in enumerate([[9, 5, 5, 5, 7, 20], [9, 9, 7, 20]]):
+        row = records.hidden_row(f"{number}/0/0", [9, 9, 9], reply, bytes(4 * V * (len(reply) - 1)))
+        parts.write(config.artifact("hidden"), f"part-{number:06}", records.hidden_table([row], "float32", V))
+    # Labels of head 0: 5 5 5 7 20 and 9 7 20; of head 1: 5 5 7 20 and 7 20. The base's own are 9 and 9.
+    token_map_M, coverage = train.choose_draft(config.artifact("hidden"), config.heads, V)
+    assert token_map_M.tolist() == [5, 7, 20]
+    assert coverage == pytest.approx(13 / 14)
+    assert train.choose_draft(config.artifact("hidden"), HeadsConfig(), V) == (None, 1.0)
+    too_many = HeadsConfig(draft_vocab_size=V + 1)
+    with pytest.raises(UserError, match=f"draft_vocab_size is {V + 1}, but the base has a vocabulary of {V}"):
+        train.choose_draft(config.artifact("hidden"), too_many, V)
 
 
 # ------------------------------------------------------------------------------------------------ wrong input
@@ -185,6 +204,19 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates("constant") == warm_up + [1.0] * 8
     assert rates("linear") == [*warm_up, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert rates("cosine") == [*warm_up, 1.0, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]
+
+
+def test_initial_weights_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that begin apart are made equal by DeepSpeed; runs are not."""
+    config = write_run(tmp_path, num_rows=1, heads={"layout": "lowrank"}, num_workers=1)
+    monkeypatch.setattr(train.ray, "get", lambda _: train.read_output_layer(config.model))
+
+    def initial(seed: int) -> torch.Tensor:
+        job = replace(job_of(config), train=config.train.model_copy(update={"seed": seed}))
+        return train.HeadTrainer(job).heads.low_rank_term(1).down.weight
+
+    assert torch.equal(initial(3), initial(3))
+    assert not torch.equal(initial(3), initial(4))
 
 
 def test_deepspeed_is_told_all_that_the_config_says() -> None:
@@ -299,6 +331,29 @@ def test_shared_heads_learn_in_bf16_with_sharded_weights(ray_cluster: None, tmp_
     result = train.medusa_loss(trained, hidden_NC.float(), labels_NH, 1.0, whole_cross_entropy)
     assert result.top1_H.min() > 0.9
     assert curve_of(config)[-1]["head_loss"] == pytest.approx(result.head_loss_H.tolist(), abs=0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_low_rank_heads_learn_a_part_of_the_vocabulary(ray_cluster: None, tmp_path: Path) -> None:
+    heads = {"layout": "lowrank", "rank": 6, "num_heads": 2, "draft_vocab_size": 18}
+    config = write_run(tmp_path, epochs=6, heads=heads, warmup_steps=5, learning_rate=0.02, zero_stage=3)
+    train.run(config)
+    trained = MedusaHeads.load(config.artifact("heads"))
+    assert (trained.layout, trained.rank, trained.draft_vocab_size) == ("lowrank", 6, 18)
+    job = job_of(config)
+    assert torch.equal(trained.token_map_M, job.token_map_M)
+    output_VC = train.read_output_layer(config.model)
+    trained.init_from(output_VC)
+
+    hidden_NC, labels_NH = train.load_share(job, 0)
+    result = train.medusa_loss(trained, hidden_NC, labels_NH, 1.0, whole_cross_entropy)
+    coverage = provenance.read(config.artifact("heads"))["draft_coverage"]
+    assert 0.7 < coverage < 0.95
+    # All that can be guessed is guessed, and what cannot is missed.
+    assert result.top1_H.tolist() == pytest.approx([coverage] * 2, abs=0.06)
+    assert curve_of(config)[-1]["top1"] == pytest.approx(result.top1_H.tolist(), abs=0.3)
+    assert all(trained.low_rank_term(head).up.weight.norm() > 0 for head in range(2))
 
 
 @pytest.mark.ray

@@ -79,16 +79,23 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
 
 
 def num_head_parameters(base: Base, heads: HeadsConfig) -> int:
-    """Of all heads: residual blocks, square layers with a bias, and output layers unless they are shared."""
+    """Of all heads: residual blocks, square layers with a bias, and what of the output layers is a head's own."""
     blocks = heads.num_layers * base.hidden_size * (base.hidden_size + 1)
-    return heads.num_heads * (blocks + (base.vocab_size * base.hidden_size if heads.layout == "own" else 0))
+    draft_vocab_size = heads.draft_vocab_size or base.vocab_size
+    output = {
+        "own": draft_vocab_size * base.hidden_size,
+        "shared": 0,
+        "lowrank": heads.rank * (draft_vocab_size + base.hidden_size),
+    }
+    return heads.num_heads * (blocks + output[heads.layout])
 
 
 def train_worker_bytes(base: Base, heads: HeadsConfig, train: TrainConfig) -> float:
     """Heads, gradients and optimizer, and the logits of a micro-batch with their gradient, in fp32."""
     sharded = OPTIMIZER_BYTES[train.dtype] / (train.num_workers if train.zero_stage else 1)
-    output_layer = base.vocab_size * base.hidden_size * BYTES[train.dtype] if heads.layout == "shared" else 0
-    logits = 2 * 4 * train.batch_size * heads.num_heads * base.vocab_size
+    draft_vocab_size = heads.draft_vocab_size or base.vocab_size
+    output_layer = 0 if heads.layout == "own" else draft_vocab_size * base.hidden_size * BYTES[train.dtype]
+    logits = 2 * 4 * train.batch_size * heads.num_heads * draft_vocab_size
     return num_head_parameters(base, heads) * (WEIGHT_BYTES[train.dtype] + sharded) + output_layer + logits
 
 

@@ -182,7 +182,7 @@ class Engine:
             heads = MedusaHeads.load(folder, dtype=torch_dtype, device=device)
         assert heads is None or isinstance(heads, MedusaHeads)
         if heads is not None:
-            if heads.layout == "shared":
+            if heads.shares_output:
                 heads.init_from(backbone.output_weight_VC)
             heads = heads.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
         engine = cls(
@@ -672,9 +672,10 @@ def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> Non
         raise ValueError(
             f"the tree is {tree.depth} deep, but there are only {heads.num_heads} heads; shorten its paths."
         )
-    if tree.num_ranks > heads.vocab_size:
+    if tree.num_ranks > heads.draft_vocab_size:
         raise ValueError(
-            f"the tree asks for rank {tree.num_ranks - 1} of a vocabulary of {heads.vocab_size}."
+            f"the tree asks for rank {tree.num_ranks - 1}, counted from 0, but the heads guess only "
+            f"{heads.draft_vocab_size} tokens; leave its higher ranks out."
         )
 
 
