@@ -347,7 +347,7 @@ def test_heads_of_another_base_and_trees_without_heads_are_refused(tiny_base):
         ({"tree": Tree(((0,), (0,)))}, r"\(0,\) comes twice"),
         ({"tree": Tree(((0, 0), (0,)))}, "children before their parents"),
         ({"tree": Tree(((-1,),))}, r"\(-1,\) is not a rank path"),
-        ({"tree": Tree(((262,),))}, "rank 262 of a vocabulary of 262"),
+        ({"tree": Tree(((262,),))}, "rank 262, counted from 0, but the heads guess only 262"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_memory_is_taken(tiny_base, monkeypatch, options, message):
