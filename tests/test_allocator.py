@@ -16,7 +16,7 @@ def step():
     blocks = [torch.ones(10_000_000) for _ in range(2)]  # of 40 MB, more than glibc keeps by itself
 
 def faults_of_later_steps():
-    for _ in range(5):  # until blocks have found their places
+    for _ in range(20):  # until blocks have found their places
         step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
