@@ -158,7 +158,7 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
     worst = 0.0
     for num_rows, num_nodes in ((2, 8), (1, 1)):
         outcomes = []
-        shape = Tree.chain(num_nodes - 1).shape
+        shape = Tree.chain(7).prefix(num_nodes).shape
         for run in (ours, theirs):
             (_, length_B, table_BP, *_, keys, values), _ = example(of)
             fill = torch.Generator().manual_seed(1)
