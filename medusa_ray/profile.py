@@ -81,15 +81,17 @@ def run(
     return found
 
 
-def compare(arms: dict[str, Arm], prompts: list[list[int]]) -> dict[str, float]:
+def compare(
+    arms: dict[str, Arm], prompts: list[list[int]], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Tokens per second of each arm, the median of the rounds. Raises RuntimeError where replies differ."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(ROUNDS + 1):  # the first warms up
         replies = {}
         for name in list(arms)[:: -1 if round_ % 2 else 1]:
-            started = time.perf_counter()
+            started = clock()
             replies[name] = arms[name](prompts)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             if round_:
                 rates[name].append(sum(map(len, replies[name])) / seconds)
             log.info("stage=profile round=%d arm=%r seconds=%.1f", round_, name.replace(" ", "_"), seconds)

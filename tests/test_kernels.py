@@ -306,7 +306,8 @@ def compiled_and_eager(architecture: str) -> list[list[Tensor]]:
         token_BN = torch.arange(8).view(2, 4)
         pools = cache.keys, cache.values
         with torch.inference_mode():
-            outputs = of(token_BN, length_B, table_BP, tree.depth_N, tree.mask_NN, token_BN % 4, *tree.shape, *pools)
+            tensors = (*tree.shape[:2], token_BN % 4, *tree.shape, torch.tensor(True))
+            outputs = of(token_BN, length_B, table_BP, *tensors, *pools)
         outcomes.append([*outputs, *cache.keys, *cache.values])
     return outcomes
 

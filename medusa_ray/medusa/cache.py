@@ -112,12 +112,6 @@ class PagedCache:
         rows = [pages[:width] + [NULL_PAGE] * (width - len(pages)) for pages in pages_of]
         return torch.tensor(rows, device=self.device)
 
-    def compact(self, from_BD: Tensor, to_BD: Tensor) -> None:
-        """Moves a walk's keys and values to where its tokens now stand, in every layer."""
-        source, target = from_BD.flatten(), to_BD.flatten()
-        for pool in (*self.keys, *self.values):
-            pool.index_copy_(0, target, pool.index_select(0, source))
-
 
 def _digests(token_ids: list[int]) -> Iterator[bytes]:
     """Of each full page of tokens: what tells it apart, the tokens before it included."""
@@ -146,3 +140,17 @@ def write(pool: Tensor, slot_BT: Tensor, states_BTKE: Tensor) -> None:
 def read(pool: Tensor, slot_BS: Tensor) -> Tensor:
     """Keys or values [B, S, K, E] of the slots of one layer's pool."""
     return pool.index_select(0, slot_BS.flatten()).unflatten(0, slot_BS.shape)
+
+
+def compact(
+    keys: list[Tensor], values: list[Tensor], table_BP: Tensor, length_B: Tensor, walk_BD: Tensor
+) -> None:
+    """Moves the keys and values of a walk's nodes, which stand behind the context, to where its tokens come in a row.
+
+    No node's place comes after the node; a place that would, as behind the end of a walk, is left as it is.
+    """
+    place_D = torch.arange(walk_BD.shape[1], device=walk_BD.device)
+    to_BD = slots(table_BP, length_B[:, None] + place_D).flatten()
+    from_BD = slots(table_BP, length_B[:, None] + torch.maximum(walk_BD, place_D)).flatten()
+    for pool in (*keys, *values):
+        pool.index_copy_(0, to_BD, pool.index_select(0, from_BD))

@@ -133,6 +133,7 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         tree.mask_NN,
         torch.arange(num_nodes).repeat(num_rows, 1),
         *(table.clone() for table in tree.shape),
+        torch.tensor(True),
         pool.keys,
         pool.values,
     )
@@ -143,7 +144,7 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     pools = [{0: slots}] * len(of.kv_shapes)
     shapes = (
         {0: rows, 1: nodes}, {0: rows}, {0: rows, 1: pages}, {0: nodes}, {0: nodes, 1: nodes},
-        {0: rows, 1: wanted}, {0: wanted}, {0: wanted, 1: wanted}, {0: wanted}, {0: wanted, 1: depth}, pools, pools,
+        {0: rows, 1: wanted}, {0: wanted}, {0: wanted, 1: wanted}, {0: wanted}, {0: wanted, 1: depth}, {}, pools, pools,
     )  # fmt: skip
     return arguments, shapes
 
@@ -172,6 +173,7 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
                 shape.mask_NN,
                 torch.arange(num_nodes).repeat(num_rows, 1),
                 *shape,
+                torch.tensor(True),
             )
             outcomes.append(run(*(tensor.contiguous() for tensor in tensors), keys, values))
         for mine_BNX, other_BNX in zip(*(outcome[:2] for outcome in outcomes), strict=True):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from medusa_ray.medusa import allocator, compiled
 from medusa_ray.medusa.acceptance import Logprob, decide, unpack
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.cache import PagedCache, slots
+from medusa_ray.medusa.cache import PagedCache, compact
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
 from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
@@ -137,6 +137,7 @@ class Engine:
         self.mode = "eager"
         self._batch: Batch | None = None
         self._node_N = torch.arange(max(len(tree), max_batch_size), device=backbone.device)
+        self._is_greedy = {flag: torch.tensor(flag, device=backbone.device) for flag in (False, True)}
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
 
@@ -288,7 +289,14 @@ class Engine:
         every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
         table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
         outcome = self._run(
-            token_BN, batch.ahead.length_B, table_BP, tree.depth_N, tree.mask_NN, every_BN, *tree.shape
+            token_BN,
+            batch.ahead.length_B,
+            table_BP,
+            tree.depth_N,
+            tree.mask_NN,
+            every_BN,
+            *tree.shape,
+            self._is_greedy[batch.sampling.is_plain],
         )
         if batch.sampling.is_plain:
             return outcome
@@ -334,8 +342,9 @@ class Engine:
         """Takes the agreed tokens into each sequence and its keys and values into their place."""
         # The one sync of this step.
         rows = [unpack(row, tree.depth + 1) for row in outcome.verdict_BX.tolist()]
-        if not all(tree.is_in_place[node] for node, *_ in rows):
-            self._compact(batch, tree, outcome.verdict_BX[:, 0].long())
+        if not batch.sampling.is_plain and not all(tree.is_in_place[node] for node, *_ in rows):
+            walk_BD = tree.walk_ND[outcome.verdict_BX[:, 0].long()]
+            compact(self.cache.keys, self.cache.values, batch.table_BP, batch.ahead.length_B, walk_BD)
         batch.ahead = Ahead(outcome.root_B, outcome.hidden_BC, outcome.length_B)
         deltas = []
         for row, (node, committed, logprobs) in enumerate(rows):
@@ -349,14 +358,6 @@ class Engine:
             ends = [node for (node, *_), (s, _) in zip(rows, deltas, strict=True) if s.request.speculates]
             self.sizer.learn(len(tree), ends)
         return deltas
-
-    def _compact(self, batch: Batch, tree: Tree, node_B: Tensor) -> None:
-        walk_BD = tree.walk_ND[node_B]
-        # The last node of a short walk is repeated, and lands where the next step writes anyway.
-        length_B1 = batch.ahead.length_B[:, None]
-        from_BD = slots(batch.table_BP, length_B1 + walk_BD)
-        to_BD = slots(batch.table_BP, length_B1 + self._node_N[: walk_BD.shape[1]])
-        self.cache.compact(from_BD, to_BD)
 
     # ------------------------------------------------------------------------------- joining and leaving
 
@@ -376,7 +377,14 @@ class Engine:
         place_T = torch.arange(longest, device=device)
         sees_TT = place_T[:, None] >= place_T
         outcome = self._run(
-            token_BT, done_B, table_BP, place_T, sees_TT, length_B[:, None] - 1, *self._root_only.shape
+            token_BT,
+            done_B,
+            table_BP,
+            place_T,
+            sees_TT,
+            length_B[:, None] - 1,
+            *self._root_only.shape,
+            self._is_greedy[False],
         )
         for sequence, length in zip(group, lengths, strict=True):
             sequence.num_prefilled += length
@@ -469,20 +477,25 @@ class Engine:
     def step_times(self, context: int = 128, repeats: int = 3) -> StepTimes:
         """Seconds of a greedy step by rows and nodes, with so many cached tokens a row; the best of the repeats.
 
-        The rows are nobody's: their pages are the null page.
+        The rows are nobody's, and their pages free ones: rows that shared one would find it in the processor's cache.
         """
-        batches = {rows: self._dummy(rows, context) for rows in doublings(self.scheduler.max_batch_size)}
+        most, width = self.scheduler.max_batch_size, PagedCache.pages_for(context + len(self.tree))
+        pages = self.cache.take(min(most * width, self.cache.num_free_pages))
+        batches = {rows: self._dummy(rows, context, pages[: rows * width]) for rows in doublings(most)}
         times: StepTimes = {rows: dict.fromkeys(self.trees, math.inf) for rows in batches}
         # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
         for rows, size in [*itertools.product(batches, self.trees)] * (repeats + 1):
             times[rows][size] = min(times[rows][size], self._time(batches[rows], self.trees[size], context))
+        self.cache.give_back(pages)
         return times
 
-    def _dummy(self, num_rows: int, context: int) -> Batch:
+    def _dummy(self, num_rows: int, context: int, pages: list[int]) -> Batch:
+        """So many rows with pages of their own while they last, and the null page after that."""
         token_B = torch.zeros(num_rows, dtype=torch.long, device=self.backbone.device)
         hidden_BC = torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=token_B.device)
         width = PagedCache.pages_for(context + len(self.tree))
-        table_BP = self.cache.page_table([[]] * num_rows, width)
+        rows = [pages[row * width : (row + 1) * width] for row in range(num_rows)]
+        table_BP = self.cache.page_table(rows, width)
         sampling = Sampling.of([Settings()] * num_rows, [0] * num_rows, self.vocab_size, token_B.device)
         return Batch(Ahead(token_B, hidden_BC, token_B + context), table_BP, sampling, None)
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -106,7 +107,7 @@ class Sequence:
         """Tokens whose keys and values are in the cache: all but the root."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end the reply."""
         stop_ids = frozenset(self.request.stop_ids)

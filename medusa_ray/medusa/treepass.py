@@ -1,4 +1,4 @@
-"""Tokens of a tree -> logits and hidden states at its nodes by one pass of the base, and where a greedy walk ends.
+"""Tokens of a tree -> logits and hidden states at its nodes by one pass of the base, and all of a greedy step.
 
 A piece of a prompt is a tree as well, without branches. A pass is a function of tensors alone: what it reads it is
 given, and what it changes is the cache. So it can be exported and compiled (compiled.py), for any number of
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from medusa_ray.medusa.acceptance import Verdict, walk
 from medusa_ray.medusa.attention import tree_step
 from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.cache import compact
 from medusa_ray.medusa.tree import Shape
 
 
@@ -56,19 +57,22 @@ class TreePass(nn.Module):
         mask_WW: Tensor,
         parent_W: Tensor,
         walk_WD: Tensor,
+        is_greedy: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """An Outcome's tensors, and leaves all nodes' keys and values behind the context.
+        """An Outcome's tensors. Leaves all nodes' keys and values behind the context, and those of the walk in a row.
 
         length_B: tokens in the cache. table_BP: pages with room for the nodes. depth_N, mask_NN: of the tree. The
         wanted nodes are a tree of their own, with the shape depth_W ... walk_WD (tree.py): all of it, or a prompt's
-        last token alone. keys, values: a pool per layer.
+        last token alone. is_greedy: bool, whether the greedy walk is the right one; if not, nothing is moved. keys,
+        values: a pool per layer.
         """
         step = tree_step(length_B, table_BP, depth_N, mask_NN, keys, values)
         logits_BWV, hidden_BWC = self.backbone.forward(token_BN, step, wanted_BW)
         shape = Shape(depth_W, mask_WW, parent_W, walk_WD)
         verdict = Verdict(*walk(token_BN.gather(1, wanted_BW), logits_BWV.argmax(-1), shape))
+        compact(keys, values, table_BP, length_B, walk_WD[verdict.node_B] * is_greedy)
         ahead = advance(verdict, hidden_BWC, length_B, depth_W)
         return logits_BWV, hidden_BWC, verdict.pack(), *ahead
 
