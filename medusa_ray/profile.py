@@ -8,7 +8,9 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,6 +22,7 @@ from medusa_ray.medusa.engine import Engine
 log = logging.getLogger("medusa_ray")
 
 ROUNDS = 3
+NUM_WARM_UP = 16  # prompts
 Arm = Callable[[list[list[int]]], list[list[int]]]
 
 
@@ -76,6 +79,7 @@ def run(
             for batch_size in batch_sizes
         }
         found["prompts"] = len(asked)
+        found["outside_share"] = {size: outside(engine, asked, size, max_new_tokens) for size in batch_sizes}
     found["suggested_nodes"] = {rows: sizer.best(rows) - 1 for rows in times}
     found["acceptance"] = [round(chance, 3) for chance in sizer.chances[1:]]
     return found
@@ -86,14 +90,15 @@ def compare(
 ) -> dict[str, float]:
     """Tokens per second of each arm, the median of the rounds. Raises RuntimeError where replies differ."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
-    for round_ in range(ROUNDS + 1):  # the first warms up
+    for reply in arms.values():
+        reply(prompts[:NUM_WARM_UP])
+    for round_ in range(ROUNDS):
         replies = {}
         for name in list(arms)[:: -1 if round_ % 2 else 1]:
             started = clock()
             replies[name] = arms[name](prompts)
             seconds = clock() - started
-            if round_:
-                rates[name].append(sum(map(len, replies[name])) / seconds)
+            rates[name].append(sum(map(len, replies[name])) / seconds)
             log.info("stage=profile round=%d arm=%r seconds=%.1f", round_, name.replace(" ", "_"), seconds)
         first = next(iter(replies))
         for name, said in replies.items():
@@ -103,6 +108,35 @@ def compare(
                     f"{name} and {first} give other tokens on {differ} of {len(prompts)} prompts"
                 )
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def outside(engine: Engine, prompts: list[list[int]], batch_size: int, max_new_tokens: int) -> float:
+    """Share of the time of steps that goes by outside the base and the heads. Passes over prompts do not count."""
+    seconds = dict.fromkeys(("_move_on", "_run", "topk"), 0.0)
+    under_way: list[str] = []
+
+    def timed(of: Any, name: str) -> None:
+        inner = getattr(of, name)
+
+        def run(*args: Any) -> Any:
+            under_way.append(name)
+            started = time.perf_counter()
+            result = inner(*args)
+            if "_move_on" in under_way:
+                seconds[name] += time.perf_counter() - started
+            under_way.pop()
+            return result
+
+        stack.enter_context(patch.object(of, name, run))
+
+    engine.scheduler.max_batch_size = batch_size
+    with ExitStack() as stack:
+        timed(engine, "_move_on")
+        timed(engine, "_run")
+        if engine.heads:
+            timed(engine._guesser, "topk")
+        engine.generate(prompts, max_new_tokens)
+    return 1 - (seconds["_run"] + seconds["topk"]) / seconds["_move_on"]
 
 
 def arms_of(
@@ -158,5 +192,6 @@ def tables(found: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
                 for rates in replies.values()
             ]
             rows.append([name, *cells])
+        rows.append(["a step outside base and heads", *(f"{s:.1%}" for s in found["outside_share"].values())])
         shown.append((["arm", *(f"batch {size}" for size in replies)], rows))
     return shown

@@ -25,7 +25,7 @@ from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import HeadStack, MedusaHeads
 from medusa_ray.medusa.tree import Tree
 
-VOCAB_SIZE, MAX_NEW_TOKENS = 1024, 32
+VOCAB_SIZE, MAX_NEW_TOKENS, NUM_EOS = 1024, 64, 30  # so that replies end, after 30 tokens in the mean
 SHAPES = {"0.9 M": (128, 3, 4, 352), "16 M": (512, 5, 8, 1376)}  # hidden, layers, heads, ffn
 # Of each head, the chance that its best and its second guess are right where its elders were: the demo's.
 SKILL = [(0.72, 0.10), (0.60, 0.10), (0.55, 0.10)]
@@ -84,7 +84,8 @@ def random_base(name: str, folder: str) -> str:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    eos_ids = random.Random(0).sample(range(1, VOCAB_SIZE), NUM_EOS)
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=eos_ids)
     model.save_pretrained(folder)
     print(f"{name}: {model.num_parameters():,} parameters", flush=True)
     return folder
