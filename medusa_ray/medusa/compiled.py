@@ -142,7 +142,7 @@ def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     slots = Dim("slots", min=PAGE_SIZE, max=MAX_PAGES * PAGE_SIZE)
     depth = Dim("depth", min=1, max=MAX_NODES)
     pools = [{0: slots}] * len(of.kv_shapes)
-    shapes = (
+    shapes: tuple[Any, ...] = (
         {0: rows, 1: nodes}, {0: rows}, {0: rows, 1: pages}, {0: nodes}, {0: nodes, 1: nodes},
         {0: rows, 1: wanted}, {0: wanted}, {0: wanted, 1: wanted}, {0: wanted}, {0: wanted, 1: depth}, {}, pools, pools,
     )  # fmt: skip
