@@ -46,7 +46,7 @@ def compiled_engine(base: Path, tree: str | None = None, **options) -> Engine:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
 @pytest.mark.parametrize("tree", [None, "chain", "tree"])
 def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replies, tree, batch_size):
-    """One package serves all numbers of rows, nodes and pages: a number that was compiled in would show here."""
+    """One library serves all numbers of rows, nodes and pages: a number that was compiled in would show here."""
     engine = compiled_engine(tiny_base, tree, max_batch_size=batch_size)
     assert engine.mode == "compiled"
     if tree:
@@ -66,8 +66,8 @@ def test_sampled_replies_equal_the_eager_ones(cache, tiny_base, prompts):
 def test_a_pass_is_built_once_and_again_for_other_weights(cache, tiny_base, tmp_path, monkeypatch):
     """The weights are inside: a package found by the name of its folder alone would serve yesterday's."""
     compiled_engine(tiny_base)
-    (package,) = cache.glob("*.pt2")
-    assert compiled.package_of(str(tiny_base), "float32", None) == package
+    (library,) = cache.glob("*.so")
+    assert compiled.library_of(str(tiny_base), "float32", None) == library
     monkeypatch.setattr(subprocess, "run", None)  # a second build would fail
     copy = tmp_path / "copy"
     shutil.copytree(tiny_base, copy)
@@ -75,8 +75,8 @@ def test_a_pass_is_built_once_and_again_for_other_weights(cache, tiny_base, tmp_
 
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    names = {compiled.package_of(str(copy), dtype, None) for dtype in ("float32", "bfloat16")}
-    assert package not in names
+    names = {compiled.library_of(str(copy), dtype, None) for dtype in ("float32", "bfloat16")}
+    assert library not in names
     assert len(names) == 2
 
 
@@ -134,4 +134,4 @@ def test_a_build_that_fails_leaves_the_engine_eager(tmp_path, tiny_base, monkeyp
     engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="wait")
     assert engine.mode == "eager"
     assert "could not be compiled. Its last output:\nno space left" in caplog.text
-    assert list(tmp_path.rglob("*.pt2")) == []
+    assert list(tmp_path.rglob("*.so")) == []

@@ -1,14 +1,18 @@
-"""A base -> its tree pass compiled for this processor, kept on disk.
+"""A base -> its tree pass compiled for this processor, a library on disk.
 
-torch exports the pass with free numbers of sequences, nodes and pages, and AOTInductor makes one package of it, with
+torch exports the pass with free numbers of sequences, nodes and pages, and AOTInductor makes one library of it, with
 the weights inside in the layout that oneDNN multiplies fastest. A process of its own builds it, once for each base,
 dtype, number of threads and version, so that an engine can serve eagerly meanwhile. Loading takes a tenth of a
 second, and needs no compiler.
+
+The library is called through its C interface (torch/csrc/inductor/aoti_runtime/interface.h). torch's own loader holds
+Python's lock throughout the call: a server could read no request and send no token while a pass runs.
 
 # B sequences   N tree nodes   P pages
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import math
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +40,7 @@ from medusa_ray.medusa import acceptance, attention, backbone, cache, treepass
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
 from medusa_ray.medusa.tree import Tree
-from medusa_ray.medusa.treepass import TreePass
+from medusa_ray.medusa.treepass import Outcome, TreePass
 
 Pass = Callable[..., tuple[Tensor, ...]]  # as TreePass.forward
 
@@ -60,31 +65,65 @@ def load_or_build(base: str, dtype: str, revision: str | None = None) -> Pass:
 
     Raises OSError when the base cannot be read, RuntimeError when building fails.
     """
-    package = package_of(base, dtype, revision)
-    package.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{package}.lock", "w") as lock:
+    library = library_of(base, dtype, revision)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{library}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two engines that start together, one builds
-        if not package.exists():
-            arguments = [base, dtype, str(package), str(torch.get_num_threads()), *filter(None, [revision])]
+        if not library.exists():
+            arguments = [base, dtype, str(library), str(torch.get_num_threads()), *filter(None, [revision])]
             done = subprocess.run(
                 [sys.executable, "-m", __name__, *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
             if done.returncode:
                 tail = done.stderr.decode(errors="replace")[-2000:]
                 raise RuntimeError(f"the pass of {base} could not be compiled. Its last output:\n{tail}")
-    # Straight to the code: calling the package would take the pools apart anew in every step, for a tenth of a small
-    # base's time.
-    run = torch._inductor.aoti_load_package(str(package), run_single_threaded=True).loader.boxed_run
+    return Library(library)
 
-    def compiled_pass(*tensors_and_pools: Any) -> tuple[Tensor, ...]:
+
+class Library:
+    """A compiled pass. Raises RuntimeError when it cannot be loaded or a call fails; stderr then has the reason."""
+
+    NUM_OUTPUTS = len(Outcome._fields)
+
+    def __init__(self, file: Path) -> None:
+        try:
+            code = ctypes.CDLL(str(file))
+        except OSError as error:
+            raise RuntimeError(f"{file} cannot be loaded: {error}") from error
+        self._run = code.AOTInductorModelContainerRunSingleThreaded
+        self._container = ctypes.c_void_p()
+        self._check(
+            code.AOTInductorModelContainerCreateWithDevice(
+                ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None
+            )
+        )
+        self._outputs = (ctypes.c_void_p * self.NUM_OUTPUTS)()
+
+    def __call__(self, *tensors_and_pools: Any) -> tuple[Tensor, ...]:
         *tensors, keys, values = tensors_and_pools
-        return tuple(run([*tensors, *keys, *values]))
+        # The call takes these handles over, and gives its outputs' handles to us.
+        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([*tensors, *keys, *values])
+        inputs = (ctypes.c_void_p * len(handles))(*[_pointer_of(handle, None) for handle in handles])
+        num_inputs, num_outputs = ctypes.c_size_t(len(handles)), ctypes.c_size_t(self.NUM_OUTPUTS)
+        self._check(self._run(self._container, inputs, num_inputs, self._outputs, num_outputs, None, None))
+        taken = [_capsule_of(pointer, None, None) for pointer in self._outputs]
+        return tuple(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(taken))
 
-    return compiled_pass
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise RuntimeError(f"a compiled pass failed with AOTInductor's error {error}")
 
 
-def package_of(base: str, dtype: str, revision: str | None) -> Path:
-    """Where the package of a base lies: its name tells apart all that the code in it depends on."""
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule_of = ctypes.pythonapi.PyCapsule_New
+_capsule_of.restype = ctypes.py_object
+_capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+def library_of(base: str, dtype: str, revision: str | None) -> Path:
+    """Where the library of a base lies: its name tells apart all that the code in it depends on."""
     config = cached_file(base, "config.json", revision=revision)
     assert config is not None
     digest = hashlib.sha256()
@@ -98,21 +137,28 @@ def package_of(base: str, dtype: str, revision: str | None) -> Path:
     for fact in (dtype, torch.get_num_threads(), torch.__version__, transformers.__version__, processor):
         digest.update(f"{fact}\n".encode())
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "medusa_ray" / f"{digest.hexdigest()[:32]}.pt2"
+    return Path(caches) / "medusa_ray" / f"{digest.hexdigest()[:32]}.so"
 
 
-def build(base: str, dtype: str, package: Path, revision: str | None = None) -> None:
-    """Compiles the pass of a base for as many threads as torch now uses. The package appears at once or not at all."""
+def build(base: str, dtype: str, library: Path, revision: str | None = None) -> None:
+    """Compiles the pass of a base for as many threads as torch now uses. The library appears at once or not at all.
+
+    Raises RuntimeError where the code needs operators that only torch's own loader could call.
+    """
     tree_pass = TreePass(Backbone.load(base, getattr(torch, dtype), "cpu", revision))
     arguments, shapes = example(tree_pass.backbone)
-    with tempfile.TemporaryDirectory(dir=package.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         # Only without gradients are weights constants, which oneDNN may lay out anew.
         with torch.no_grad():
             exported = torch.export.export(tree_pass, arguments, dynamic_shapes=shapes, strict=False)
             built = torch._inductor.aoti_compile_and_package(
-                exported, package_path=f"{folder}/{package.name}", inductor_configs=INDUCTOR
+                exported, package_path=f"{folder}/pass.pt2", inductor_configs=INDUCTOR
             )
-        os.rename(built, package)
+        with zipfile.ZipFile(built) as package:
+            (code,) = (name for name in package.namelist() if name.endswith(".so"))
+            if f"{code.removesuffix('.so')}.json" in package.namelist():
+                raise RuntimeError("the code calls operators outside torch's C interface")
+            os.rename(package.extract(code, folder), library)
 
 
 def example(of: Backbone) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -186,14 +232,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the tree pass of a base.")
     parser.add_argument("base")
     parser.add_argument("dtype")
-    parser.add_argument("package", type=Path)
+    parser.add_argument("library", type=Path)
     parser.add_argument("threads", type=int)
     parser.add_argument("revision", nargs="?")
     args = parser.parse_args()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    build(args.base, args.dtype, args.package, args.revision)
+    build(args.base, args.dtype, args.library, args.revision)
 
 
 def _end_with(parent: int) -> None:
