@@ -26,9 +26,10 @@ from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
 from medusa_ray.medusa import reference
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.engine import Completion, Engine
+from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import HeadStack, MedusaHeads
 from medusa_ray.medusa.reference import own_attention
+from medusa_ray.medusa.replies import Completion
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.records import PROMPTS, REPLIES, check_columns
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from medusa_ray.chat import Detokenizer, Message
 from medusa_ray.medusa.acceptance import Logprob
-from medusa_ray.medusa.engine import Delta
+from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
 
 MAX_STOP_STRINGS = 16

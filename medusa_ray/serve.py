@@ -31,7 +31,8 @@ from starlette.requests import Request as HttpRequest
 from medusa_ray import openai_api
 from medusa_ray.chat import Chat
 from medusa_ray.config import ApplicationConfig, EngineConfig, ServeConfig, UserError
-from medusa_ray.medusa.engine import Delta, Engine, Request
+from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope, Reply
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from medusa_ray.medusa.acceptance import Logprob
-from medusa_ray.medusa.engine import Counters, Delta
+from medusa_ray.medusa.replies import Counters, Delta
 from medusa_ray.medusa.scheduler import QueueFull, Request
 
 

@@ -14,7 +14,8 @@ import torch
 from medusa_ray import distill, parts, provenance, records
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
-from medusa_ray.medusa.engine import Completion, Engine, Request
+from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.replies import Completion
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.engine import Delta, Engine, Request
+from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import Sequence
 from medusa_ray.medusa.sizing import TreeSizer
 from medusa_ray.medusa.tree import Tree

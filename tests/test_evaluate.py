@@ -13,7 +13,8 @@ from medusa_ray.evaluate import (
     top_accuracy,
 )
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.engine import Completion, Engine
+from medusa_ray.medusa.engine import Engine
+from medusa_ray.medusa.replies import Completion
 from medusa_ray.medusa.tree import Tree
 
 

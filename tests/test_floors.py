@@ -30,7 +30,7 @@ FLOORS = {
             f"medusa.{name}"
             for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "engine", "reference"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

@@ -15,7 +15,8 @@ from medusa_ray import openai_api
 from medusa_ray.chat import Chat
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.engine import Delta, Engine
+from medusa_ray.medusa.engine import Engine
+from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import Request
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope, Reply

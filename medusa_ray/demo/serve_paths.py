@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from medusa_ray import serve as stage
 from medusa_ray.config import EngineConfig
-from medusa_ray.medusa.engine import Counters, Delta
+from medusa_ray.medusa.replies import Counters, Delta
 from medusa_ray.medusa.scheduler import Request
 
 NUM_TOKENS = 32

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_ray.medusa import allocator, compiled
-from medusa_ray.medusa.acceptance import Logprob, decide, unpack
+from medusa_ray.medusa.acceptance import decide, unpack
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, compact
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
+from medusa_ray.medusa.replies import Completion, Counters, Delta
 from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer
@@ -39,43 +40,6 @@ from medusa_ray.medusa.treepass import Ahead, Outcome, TreePass, advance
 log = logging.getLogger("medusa_ray")
 
 PREFILL_TOKENS = 1024  # of one prefill pass, padding included; running sequences wait for it
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to one reply."""
-
-    token_ids: list[int]
-    finish_reason: str | None  # stop | length | deadline | cancelled
-    num_steps: int  # so far, the prefill left out
-    accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
-    num_guesses: int = 0  # so far
-    logprobs: list[Logprob] | None = None  # of each token, when asked for
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole reply, its end-of-sequence token included when it ended so."""
-
-    token_ids: list[int]
-    finish_reason: str
-    num_steps: int
-    accepted_histogram: list[int]
-    hidden_TC: Tensor | None  # the state that produced each token, when captured
-    logprobs: list[Logprob] | None = None  # of each token, when asked for
-
-
-@dataclass
-class Counters:
-    """Totals since the engine was loaded, under vLLM's names."""
-
-    num_drafts: int = 0  # steps of a sequence that had guesses
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
-    num_generated_tokens: int = 0
-    num_steps: int = 0  # steps of a sequence, guesses or not
-    num_prompt_tokens: int = 0  # processed, shared ones not among them
 
 
 @dataclass
@@ -252,7 +216,7 @@ class Engine:
         """Moves prompts on by one pass; the end of each sequence that is cancelled or late, and the first token of
         each whose prompt this completes."""
         self._adopt()
-        deltas = [(sequence, _delta(sequence, [], None)) for sequence in self.scheduler.end_early()]
+        deltas = [(sequence, Delta.of(sequence, [], None)) for sequence in self.scheduler.end_early()]
         if deltas:
             self._drop(self.scheduler.release())
         self.scheduler.admit()
@@ -352,8 +316,10 @@ class Engine:
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
                 sequence.hidden_parts.append(outcome.hidden_BWC[row, tree.walk_ND[node, : len(taken)]])
-            self._count(sequence, len(tree) if sequence.request.speculates else 1, len(taken))
-            deltas.append((sequence, _delta(sequence, taken, logprobs)))
+            num_guesses = len(tree) - 1 if sequence.request.speculates else 0
+            sequence.count(num_guesses, len(taken))
+            self.counters.count(num_guesses, len(taken))
+            deltas.append((sequence, Delta.of(sequence, taken, logprobs)))
         if self.sizer is not None:
             ends = [node for (node, *_), (s, _) in zip(rows, deltas, strict=True) if s.request.speculates]
             self.sizer.learn(len(tree), ends)
@@ -415,7 +381,7 @@ class Engine:
             if sequence.request.capture_hidden:
                 sequence.hidden_parts.append(ahead.hidden_BC[row : row + len(taken)])
             self.counters.num_generated_tokens += len(taken)
-            deltas.append((sequence, _delta(sequence, taken, logprobs)))
+            deltas.append((sequence, Delta.of(sequence, taken, logprobs)))
         self.scheduler.start(group)
         ahead = ahead._replace(root_B=verdict.committed_BD[:, 0])
         if self._batch is not None:
@@ -448,23 +414,6 @@ class Engine:
         prompts = [r.prompt_ids if r.is_penalised else [] for r in requests]
         replies = [s.token_ids if s.request.is_penalised else [] for s in sequences]
         return sampling, History.of(prompts, replies, self.vocab_size, device)
-
-    def _count(self, sequence: Sequence, num_nodes: int, num_taken: int) -> None:
-        accepted = max(num_taken - 1, 0)  # none is taken where nothing was allowed to follow
-        histogram = sequence.accepted_histogram
-        histogram += [0] * (accepted + 1 - len(histogram))
-        histogram[accepted] += 1
-        sequence.num_steps += 1
-        sequence.num_guesses += num_nodes - 1
-        totals = self.counters
-        totals.num_steps += 1
-        totals.num_generated_tokens += num_taken
-        if num_nodes > 1:
-            totals.num_drafts += 1
-            totals.num_draft_tokens += num_nodes - 1
-            totals.num_accepted_tokens += accepted
-            for position in range(accepted):
-                totals.num_accepted_tokens_per_pos[position] += 1
 
     # ------------------------------------------------------------------------------------------- cost
 
@@ -564,7 +513,7 @@ class Engine:
             while len(sequences) < len(requests) and self.scheduler.has_room:
                 sequences.append(self.add(requests[len(sequences)]))
             self.step()
-        return [_completion(sequence) for sequence in sequences]
+        return [Completion.of(sequence) for sequence in sequences]
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """One Delta per step; leaving early cancels the request. Raises as `add` does, before the first Delta."""
@@ -706,35 +655,6 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
         return Tree.from_paths(tree)
     file = folder / "tree.json" if folder else None
     return Tree.load(file) if file is not None and file.exists() else None
-
-
-def _delta(sequence: Sequence, taken: list[int], logprobs: list[Logprob] | None) -> Delta:
-    """What a step added. logprobs: those of the row, there when any request of the batch wants some."""
-    kept, num_top = None, sequence.request.logprobs
-    if num_top is not None and logprobs is not None:
-        kept = [replace(entry, top=entry.top[:num_top]) for entry in logprobs[: len(taken)]]
-        sequence.logprobs += kept
-    return Delta(
-        taken,
-        sequence.finish_reason,
-        sequence.num_steps,
-        list(sequence.accepted_histogram),
-        sequence.num_guesses,
-        kept,
-    )
-
-
-def _completion(sequence: Sequence) -> Completion:
-    hidden_TC = torch.cat(sequence.hidden_parts) if sequence.hidden_parts else None
-    assert sequence.finish_reason is not None
-    return Completion(
-        sequence.token_ids,
-        sequence.finish_reason,
-        sequence.num_steps,
-        sequence.accepted_histogram,
-        hidden_TC,
-        None if sequence.request.logprobs is None else sequence.logprobs,
-    )
 
 
 def _put_all(items: list[tuple[asyncio.Queue[Any], Any]]) -> None:

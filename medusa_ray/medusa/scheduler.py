@@ -131,6 +131,14 @@ class Sequence:
         self.token_ids += taken
         return taken
 
+    def count(self, num_guesses: int, num_taken: int) -> None:
+        """Takes in what a step took."""
+        accepted = max(num_taken - 1, 0)  # none is taken where nothing was allowed to follow
+        self.accepted_histogram += [0] * (accepted + 1 - len(self.accepted_histogram))
+        self.accepted_histogram[accepted] += 1
+        self.num_steps += 1
+        self.num_guesses += num_guesses
+
 
 class Scheduler:
     """First come, first served, as rows and pages allow."""
