@@ -85,9 +85,7 @@ def run(
     return found
 
 
-def compare(
-    arms: dict[str, Arm], prompts: list[list[int]], clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
+def compare(arms: dict[str, Arm], prompts: list[list[int]]) -> dict[str, float]:
     """Tokens per second of each arm, the median of the rounds. Raises RuntimeError where replies differ."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for reply in arms.values():
@@ -95,9 +93,9 @@ def compare(
     for round_ in range(ROUNDS):
         replies = {}
         for name in list(arms)[:: -1 if round_ % 2 else 1]:
-            started = clock()
+            started = time.perf_counter()
             replies[name] = arms[name](prompts)
-            seconds = clock() - started
+            seconds = time.perf_counter() - started
             rates[name].append(sum(map(len, replies[name])) / seconds)
             log.info("stage=profile round=%d arm=%r seconds=%.1f", round_, name.replace(" ", "_"), seconds)
         first = next(iter(replies))

@@ -82,3 +82,15 @@ def test_seconds_lie_on_the_line_between_what_was_measured() -> None:
     assert [sizer.seconds(rows, 1) for rows in (1, 2, 4)] == pytest.approx([1.0, 2.0, 4.0])
     assert sizer.seconds(3, 5) == pytest.approx(6.0)
     assert TreeSizer(TREE, {1: {1: 1.0, 5: 2.0}}).seconds(1, 5) == 2.0
+
+
+def test_what_steps_take_beside_what_was_measured_speaks_for_larger_trees():
+    """Each step costs Python its part, however many nodes it has: fewer steps are then worth more."""
+    sizer = TreeSizer(TREE, {1: {1: 1.0, 5: 2.0}})
+    without = sizer.rate(1, 5) / sizer.rate(1, 1)
+    for _ in range(500):
+        sizer.took(1, 1, 1.5)
+        sizer.took(1, 5, 2.5)
+    assert sizer.seconds(1, 1) == pytest.approx(1.5, abs=0.01)
+    assert sizer.seconds(1, 5) == pytest.approx(2.5, abs=0.01)
+    assert sizer.rate(1, 5) / sizer.rate(1, 1) == pytest.approx(without * (2.0 / 1.0) / (2.5 / 1.5), rel=0.01)

@@ -231,8 +231,11 @@ class Engine:
         if self._batch is None:
             return []
         batch, tree = self._batch, self._pick_tree()
+        started, num_rows = time.perf_counter(), len(self.scheduler.running)
         longest = max(sequence.num_cached for sequence in self.scheduler.running)
         deltas = self._commit(batch, tree, self._try(batch, tree, longest))
+        if self.sizer is not None:
+            self.sizer.took(num_rows, len(tree), time.perf_counter() - started)
         self._drop(self.scheduler.release())
         return deltas
 

@@ -14,6 +14,7 @@ PRIOR = 20  # row-steps that the first estimate counts for
 REVIEW_EVERY = (
     8  # steps; choosing costs some hundredths of a millisecond, which a small base's steps would feel
 )
+STEPS_BESIDE = 64  # over which the time beside what was measured is averaged
 PROBE_EVERY = 128  # steps between two with the whole tree: what is never tried is never learnt
 
 StepTimes = dict[int, dict[int, float]]  # rows -> nodes -> seconds of a step
@@ -34,6 +35,7 @@ class TreeSizer:
         self.chances = [1.0, *(0.5 ** (len(path) + sum(path)) for path in tree.paths)]
         self._num_seen = [PRIOR] * len(tree)
         self._num_steps, self._load = 0, (0, 0.0)
+        self._beside_s = 0.0  # what a step takes beside what was measured: Python's part, most of all
 
     def pick(self, num_rows: int, share: float = 1.0) -> int:
         """Nodes of the next step, the root counted. share: of the rows, those that want guesses."""
@@ -59,13 +61,22 @@ class TreeSizer:
         return sum(self.chances[:size])
 
     def seconds(self, num_rows: int, size: int) -> float:
-        """Time of a step, on the line between the numbers of rows that were measured."""
+        """Time that a step is expected to take."""
+        return self._measured(num_rows, size) + self._beside_s
+
+    def _measured(self, num_rows: int, size: int) -> float:
+        """On the line between the numbers of rows that were measured."""
         place = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
         if len(self.rows) == 1:
             return self.times[self.rows[0]][size]
         low, high = self.rows[place - 1], self.rows[place]
         share = (num_rows - low) / (high - low)
         return (1 - share) * self.times[low][size] + share * self.times[high][size]
+
+    def took(self, num_rows: int, size: int, seconds: float) -> None:
+        """Takes in the time of a whole step."""
+        beside_s = max(seconds - self._measured(num_rows, size), 0)
+        self._beside_s += (beside_s - self._beside_s) / STEPS_BESIDE
 
     def learn(self, size: int, ends: list[int]) -> None:
         """Takes in a step of `size` nodes whose rows ended their walks at these nodes."""
