@@ -546,9 +546,8 @@ class Engine:
         while self.failure is None:
             self.scheduler.work.wait()
             try:
-                self._send(
-                    self._take_in()
-                )  # at once: a first token is not to wait for a step it has no part in
+                # At once: a first token is not to wait for a step it has no part in.
+                self._send(self._take_in())
                 self._send(self._move_on())
             except Exception as error:
                 self.failure = error
