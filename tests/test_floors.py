@@ -28,7 +28,7 @@ FLOORS = {
         "openai_api",
         *(
             f"medusa.{name}"
-            for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled"]
+            for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
         *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference"]),
     },

@@ -221,7 +221,7 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
                 *shape,
                 torch.tensor(True),
             )
-            outcomes.append(run(*(tensor.contiguous() for tensor in tensors), keys, values))
+            outcomes.append(run(*(tensor.to(of.device).contiguous() for tensor in tensors), keys, values))
         for mine_BNX, other_BNX in zip(*(outcome[:2] for outcome in outcomes), strict=True):
             apart_BN = (mine_BNX - other_BNX).float().norm(dim=-1) / other_BNX.float().norm(dim=-1)
             worst = max(worst, apart_BN.nan_to_num(math.inf).max().item())

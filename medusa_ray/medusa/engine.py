@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ray.medusa import allocator, compiled
+from medusa_ray.medusa import allocator, compiled, graphs
 from medusa_ray.medusa.acceptance import decide, unpack
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import PagedCache, compact
@@ -126,9 +126,9 @@ class Engine:
         tree: a Tree, rank paths, "chain", None for the heads' own tree.json (a chain when there is none), or "auto" for
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
-        or hub name, which takes a while the first time, or build it in the "background"; where there is none it runs
-        eagerly, and `mode` says so. shares_prefixes, max_waiting as in Engine(). Raises ValueError for what cannot be
-        served.
+        or hub name, which takes a while the first time, or build it in the "background"; on a GPU, either waits for
+        graphs of it. Where there is none the engine runs eagerly, and `mode` says so. shares_prefixes, max_waiting as
+        in Engine(). Raises ValueError for what cannot be served.
         """
         # Now, rather than after minutes of loading.
         _check_counts(max_batch_size, max_total_tokens, max_waiting)
@@ -160,11 +160,13 @@ class Engine:
             shares_prefixes,
             max_waiting,
         )
-        if compile == "wait":
+        # A GPU's pass is built of the engine's own model, so no step can run meanwhile.
+        is_in_background = compile == "background" and backbone.device.type != "cuda"
+        if compile != "no" and not is_in_background:
             engine.compile(str(base), dtype, revision)
         if engine.is_adaptive:
             engine.measure()  # now, rather than while the first request waits
-        if compile == "background":
+        if is_in_background:
             arguments = (str(base), dtype, revision)
             threading.Thread(target=engine._build, args=arguments, name="medusa-compile", daemon=True).start()
         return engine
@@ -172,38 +174,55 @@ class Engine:
     def compile(self, base: str, dtype: str, revision: str | None = None) -> None:
         """Replaces the eager pass, between two steps, by the compiled one of the base, a folder or hub name.
 
-        Where that cannot be had, the engine goes on eagerly and logs why.
+        On a GPU, by graphs of it. Where these cannot be had, the engine goes on eagerly and logs why.
         """
         self._build(base, dtype, revision)
         self._adopt()
 
     def _build(self, base: str, dtype: str, revision: str | None) -> None:
-        """What takes long; safe while steps run in another thread."""
-        reason = compiled.why_not(self.backbone.device.type)
+        """What takes long on a CPU; safe there while steps run in another thread."""
+        is_on_gpu = self.backbone.device.type == "cuda"
+        reason = (graphs if is_on_gpu else compiled).why_not(self.backbone.device.type)
         if reason is None:
             try:
-                self._built = compiled.load_or_build(base, dtype, revision)
+                self._built = self._graphed() if is_on_gpu else compiled.load_or_build(base, dtype, revision)
                 return
             except (OSError, RuntimeError) as error:
                 reason = str(error)
         log.warning("the engine runs eagerly: %s", reason)
 
+    def _graphed(self) -> graphs.GraphedPass:
+        width = PagedCache.pages_for(self.max_total_tokens + len(self.tree))
+        return graphs.build(self.backbone, doublings(self.scheduler.max_batch_size), width)
+
     @torch.inference_mode()
     def _adopt(self) -> None:
-        """Takes the compiled pass over, if there is one and it says what the eager one says."""
+        """Takes the built pass over, if there is one and it says what the eager one says."""
         if self._built is None:
             return
         built, self._built = self._built, None
-        apart = compiled.difference(built, TreePass(self.backbone), self.backbone)
-        if apart <= compiled.TOLERANCE[self.backbone.dtype]:
-            self._pass, self.mode = built, "compiled"
+        eager, is_graphed = TreePass(self.backbone), isinstance(built, graphs.GraphedPass)
+        try:
+            apart = compiled.difference(built, eager, self.backbone)
+            if not apart <= compiled.TOLERANCE[self.backbone.dtype]:
+                name = type(self.model).__name__
+                raise RuntimeError(
+                    f"the compiled pass of {name} differs from the eager one by {apart:.1g} of its size"
+                )
+            self._pass, self.mode = built, "graphs" if is_graphed else "compiled"
+            if is_graphed:
+                self._replay_all()
             self.sizer = None  # what it measured was the eager pass
-        else:
-            log.warning(
-                "the engine runs eagerly: the compiled pass of %s differs from the eager one by %.1g of its size",
-                type(self.model).__name__,
-                apart,
-            )
+        except Exception as error:  # whatever a compiler or a capture raises
+            self._pass, self.mode = eager, "eager"
+            log.warning("the engine runs eagerly: %s", error)
+
+    def _replay_all(self) -> None:
+        """Has the graph of every step captured now, rather than while a request waits, the largest first: the others
+        find room in its memory."""
+        for rows in reversed(doublings(self.scheduler.max_batch_size)):
+            for tree in (*reversed(self.trees.values()), self._root_only):
+                self._time(self._dummy(rows, 0, []), tree, 0)
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -365,9 +384,7 @@ class Engine:
             Ahead(outcome.root_B[whole], outcome.hidden_BC[whole], (done_B + length_B)[whole]),
         )
 
-    def _start(
-        self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead
-    ) -> list[tuple[Sequence, Delta]]:
+    def _start(self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead) -> list[tuple[Sequence, Delta]]:
         """Commits the first token of sequences and adds their rows to the batch. ahead: where all are greedy."""
         if not group:
             return []
@@ -438,7 +455,9 @@ class Engine:
         # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
         for rows, size in [*itertools.product(batches, self.trees)] * repeats:
             batch, tree = batches[rows], self.trees[size]
-            self._time(batch, tree, context)  # steps come in runs of a size, which find its code and scratch warm
+            self._time(
+                batch, tree, context
+            )  # steps come in runs of a size, which find its code and scratch warm
             times[rows][size] = min(times[rows][size], self._time(batch, tree, context))
         self.cache.give_back(pages)
         return times
