@@ -207,7 +207,8 @@ def difference(ours: Pass, theirs: Pass, of: Backbone) -> float:
         outcomes = []
         shape = Tree.chain(7).prefix(num_nodes).shape
         for run in (ours, theirs):
-            (_, length_B, table_BP, *_, keys, values), _ = example(of)
+            with torch.inference_mode(False):  # as pools of an engine are made: torch would compile for others anew
+                (_, length_B, table_BP, *_, keys, values), _ = example(of)
             fill = torch.Generator().manual_seed(1)
             for pool in (*keys, *values):
                 pool.copy_(torch.randn(pool.shape, generator=fill))

@@ -45,24 +45,27 @@ def why_not(device: str) -> str | None:
 def build(backbone: Backbone, rows: list[int], width: int) -> "GraphedPass":
     """The pass of a base, compiled where there is a C compiler; what it takes long for, its first calls do."""
     eager = TreePass(backbone)
+    forward: Pass = eager
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as triton looks for them
     if any(map(shutil.which, compilers)):
-        return GraphedPass(torch.compile(eager, fullgraph=True), eager, rows, width)
-    log.warning("the base is not compiled: there is no C compiler, neither of %s is found", compilers)
-    return GraphedPass(eager, eager, rows, width)
+        forward = torch.compile(eager, fullgraph=True)
+    else:
+        log.warning("the base is not compiled: there is no C compiler, %s", " and no ".join(compilers))
+    return GraphedPass(forward, eager, rows, width, partial(CudaCapture, backbone.device))
 
 
 class CudaCapture:
     """Captures runs on a GPU. Their graphs share one pool of memory, since no two are replayed at a time."""
 
-    def __init__(self) -> None:
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, run: Run) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        callers = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(callers)
         with torch.cuda.stream(self.stream):
             run()  # compiles, and lets libraries take for good what memory they need
-        torch.cuda.current_stream().wait_stream(self.stream)
+        callers.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, another engine's for one.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
@@ -78,18 +81,14 @@ class GraphedPass:
     """
 
     def __init__(
-        self,
-        forward: Pass,
-        eager: Pass,
-        rows: list[int],
-        width: int,
-        new_capture: Callable[[], Capture] = CudaCapture,
+        self, forward: Pass, eager: Pass, rows: list[int], width: int, new_capture: Callable[[], Capture]
     ) -> None:
         """forward: captured; or the eager pass, where compiling it fails. rows: numbers of them, ascending. width:
         pages of the longest sequence."""
         self.rows, self.width = rows, width
         self._forward, self._eager = forward, eager
-        self._new_capture, self._capture = new_capture, new_capture()
+        self._new_capture = new_capture
+        self._capture: Capture
         self._keys: list[Tensor] | None = None  # the pools that the graphs are of
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
