@@ -133,7 +133,7 @@ class EvaluateConfig(Strict):
         lt=1,
         description="Share of the held-out prompts that shapes the tree; the others score it.",
     )
-    compile: bool = Field(True, description="On a CPU, measure with the base compiled, as servers run it.")
+    compile: bool = Field(True, description="Measure with the base compiled, as servers run it.")
     num_parity: int = Field(200, gt=0, description="Prompts decoded by Medusa, baseline and transformers.")
     num_speed: int = Field(
         40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it."
@@ -189,7 +189,7 @@ class EngineConfig(Strict):
     compile: Literal["no", "wait", "background"] = Field(
         "background",
         description="On a CPU: serve eagerly until the base is compiled, wait for that (20 s for a small base, once), "
-        "or do without.",
+        "or do without. On a GPU: capture CUDA graphs of it before the first request, or do without.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ import torch
 from fake_heads import OracleHeads
 from test_architectures import build as model_of
 from test_engine_sampling import TREES, accepted_per_step, mixed_requests, prompts_of, run
+from test_kernels import interpreted as interpreted  # a fixture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from medusa_ray.medusa import attention, compiled, graphs
+from medusa_ray.medusa import attention, compiled, graphs, reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import NULL_PAGE, PAGE_SIZE, PagedCache
 from medusa_ray.medusa.engine import Engine, doublings
@@ -213,6 +215,10 @@ def test_rows_that_are_wanting_write_to_the_null_page_alone(engine_of):
         assert set(changed.tolist()) <= {7, NULL_PAGE}
         assert 7 in changed
     assert len(recorder.recordings) == 1
+    (graph,) = engine._pass._graphs.values()
+    assert graph.length_B.tolist() == [9, 0, 0, 0], (
+        "reading an old length of null pages would take as long as ever"
+    )
 
 
 def test_what_a_call_returns_is_its_own_but_for_logits_and_hidden_states(engine_of):
@@ -294,6 +300,28 @@ def test_a_capture_that_waits_for_the_device_fails_here_as_it_does_there(engine_
     engine._pass._forward = engine._pass._eager = curious
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         step_of(engine, [1], 3, TREES["tree"])
+
+
+def replies_by_kernel(base: Path, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """Of an engine with graphs and of transformers' generate."""
+    backbone = Backbone.load(str(base), torch.float32, "cpu")
+    assert attention.takes_kernel(backbone.device, 9)
+    expected = reference.generate(backbone.model, prompts, 8, batch_size=1)
+    heads: Any = OracleHeads(backbone.hidden_size, backbone.vocab_size)
+    engine, recorder = replaying(
+        Engine(backbone, heads, TREES["tree"], max_batch_size=3, max_total_tokens=256), [4]
+    )
+    heads.engine, heads.replies = engine, {tuple(p): r for p, r in zip(prompts, expected, strict=True)}
+    ours = [d.token_ids for d in engine.generate(prompts, max_new_tokens=8)]
+    assert recorder.num_replays
+    return [ours, expected]
+
+
+@pytest.mark.long
+def test_the_kernel_reads_no_further_than_sequences_are_long(interpreted, tiny_base):
+    """In page tables of full width, with a row of the null page."""
+    ours, expected = interpreted(replies_by_kernel, tiny_base, [[1, *range(20, 20 + n)] for n in (3, 62, 90)])
+    assert ours == expected
 
 
 @pytest.mark.long
@@ -409,6 +437,15 @@ def test_without_a_c_compiler_the_forward_is_captured_as_it_is(engine_of, monkey
     adopting(engine, monkeypatch, Recorder(), lambda *_: pytest.fail("compiled"))
     assert engine.mode == "graphs"
     assert "the base is not compiled: there is no C compiler, gcc and no clang" in said.text
+
+
+def test_an_engine_on_a_gpu_builds_graphs(engine_of, monkeypatch):
+    engine = engine_of("chain")
+    monkeypatch.setattr(engine, "backbone", SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+    monkeypatch.setattr(graphs, "build", lambda *arguments: arguments)
+    engine._build("base", "float32", None)
+    assert engine._built == (engine.backbone, [1, 2, 4, 6], PagedCache.pages_for(128 + 4))
 
 
 def test_without_the_kernel_there_are_no_graphs(monkeypatch):

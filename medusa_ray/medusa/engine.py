@@ -384,7 +384,9 @@ class Engine:
             Ahead(outcome.root_B[whole], outcome.hidden_BC[whole], (done_B + length_B)[whole]),
         )
 
-    def _start(self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead) -> list[tuple[Sequence, Delta]]:
+    def _start(
+        self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead
+    ) -> list[tuple[Sequence, Delta]]:
         """Commits the first token of sequences and adds their rows to the batch. ahead: where all are greedy."""
         if not group:
             return []
@@ -455,9 +457,7 @@ class Engine:
         # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
         for rows, size in [*itertools.product(batches, self.trees)] * repeats:
             batch, tree = batches[rows], self.trees[size]
-            self._time(
-                batch, tree, context
-            )  # steps come in runs of a size, which find its code and scratch warm
+            self._time(batch, tree, context)  # steps come in runs of a size, which find its code and scratch warm
             times[rows][size] = min(times[rows][size], self._time(batch, tree, context))
         self.cache.give_back(pages)
         return times
