@@ -90,7 +90,7 @@ class GraphedPass:
         self._new_capture = new_capture
         self._capture: Capture
         self._keys: list[Tensor] | None = None  # the pools that the graphs are of
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
 
     def __call__(
         self,
@@ -117,14 +117,12 @@ class GraphedPass:
         if keys is not self._keys:
             # Addresses of pools are in the graphs. Memory of graphs that are gone cannot be captured into again.
             self._graphs, self._keys, self._capture = {}, keys, self._new_capture()
-        rows = self.rows[bisect_left(self.rows, B)]
-        graph = self._graphs.get((rows, *walk_WD.shape)) or _Graph(
-            rows, self.width, *walk_WD.shape, token_BN.device
-        )
+        key = self.rows[bisect_left(self.rows, B)], N, walk_WD.shape[1]
+        graph = self._graphs.get(key) or _Graph(*key, self.width, token_BN.device)
         graph.fill(token_BN, length_B, table_BP, (depth_W, mask_WW, parent_W, walk_WD, is_greedy))
         if graph.replay is None:
             self._capture_of(graph, keys, values)
-            self._graphs[rows, *walk_WD.shape] = graph  # only now: the next call tries again what fails here
+            self._graphs[key] = graph  # only now: the next call tries again what fails here
         assert graph.replay is not None
         graph.replay()
         logits_BNV, hidden_BNC, *small = (output[:B] for output in graph.outputs)
@@ -147,7 +145,7 @@ class GraphedPass:
 class _Graph:
     """Inputs and outputs of a graph, each at its address for good."""
 
-    def __init__(self, rows: int, width: int, nodes: int, depth: int, device: torch.device) -> None:
+    def __init__(self, rows: int, nodes: int, depth: int, width: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
