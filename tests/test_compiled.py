@@ -3,6 +3,8 @@
 import logging
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,43 @@ def test_sampled_replies_equal_the_eager_ones(cache, tiny_base, prompts):
     eager = Engine.load(str(tiny_base), max_total_tokens=256).generate(prompts, **settings)
     fast = compiled_engine(tiny_base, max_batch_size=5).generate(prompts, **settings)
     assert [d.token_ids for d in fast] == [d.token_ids for d in eager]
+
+
+@needs_compiler
+def test_other_threads_run_while_a_pass_does(cache, tiny_base):
+    """A server's event loop is one: it would stand still for the whole of each pass, and streams would stutter."""
+    engine = compiled_engine(tiny_base, max_batch_size=64)
+    example, _ = compiled.example(engine.backbone)
+    token_BN, length_B, table_BP, depth_N, mask_NN, every_BN, *others = example
+    many = [tensor.repeat(200, 1) for tensor in (token_BN, table_BP, every_BN)]
+    arguments = (many[0], length_B.repeat(200), many[1], depth_N, mask_NN, many[2], *others)
+    begins, ran_at_s = threading.Event(), []
+    thread = threading.Thread(target=lambda: begins.wait() and ran_at_s.append(time.perf_counter()))
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # so that only a call that lets go of Python's lock lets another thread run
+    try:
+        begins.set()
+        with torch.inference_mode():
+            started_s = time.perf_counter()
+            engine._pass(*arguments)
+            ended_s = time.perf_counter()
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert ran_at_s[0] < (started_s + ended_s) / 2, "it had to wait for the end of the pass"
+
+
+def test_a_library_that_cannot_be_loaded_leaves_the_engine_eager(tmp_path, tiny_base, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "why_not", lambda device: None)
+    monkeypatch.setattr(logging.getLogger("medusa_ray"), "propagate", True)
+    library = compiled.library_of(str(tiny_base), "float32", None)
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"no library")
+    engine = Engine.load(str(tiny_base), max_total_tokens=256, compile="wait")
+    assert engine.mode == "eager"
+    assert f"{library} cannot be loaded" in caplog.text
 
 
 @needs_compiler
