@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ class Library:
                 ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None
             )
         )
+        weakref.finalize(self, code.AOTInductorModelContainerDelete, self._container)
         self._outputs = (ctypes.c_void_p * self.NUM_OUTPUTS)()
 
     def __call__(self, *tensors_and_pools: Any) -> tuple[Tensor, ...]:
