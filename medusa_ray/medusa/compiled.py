@@ -46,10 +46,10 @@ from medusa_ray.medusa.treepass import Outcome, TreePass
 Pass = Callable[..., tuple[Tensor, ...]]  # as TreePass.forward
 
 MAX_ROWS, MAX_NODES, MAX_PAGES = 4096, 4096, 2**16
-# Another order of summation: 1e-6 in float32, a few roundings at 16 bits. A wrong shape or mask gives some tenths.
 # The weights are constants, and those that multiply the same states are joined: on few rows a product costs less than
 # its call.
 INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True}
+# Another order of summation: 1e-6 in float32, a few roundings at 16 bits. A wrong shape or mask gives some tenths.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 
 
