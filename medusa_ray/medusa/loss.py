@@ -48,7 +48,9 @@ class Asked(NamedTuple):
     logprobs_NK: Tensor
 
 
-CrossEntropy = Callable[[MedusaHeads, int, Tensor, Asked], Tensor]  # heads, head, states_NC -> sum of its losses
+CrossEntropy = Callable[
+    [MedusaHeads, int, Tensor, Asked], Tensor
+]  # heads, head, states_NC -> sum of its losses
 
 
 def labels_for(input_ids: Tensor, label_mask: Tensor, position: Tensor, num_heads: int) -> Tensor:
@@ -96,7 +98,7 @@ def places_in(token_map_M: Tensor | None, ids: Tensor) -> Tensor:
     """Places of tokens in a token map; IGNORED where it lacks a token, or there was none."""
     if token_map_M is None:
         return ids
-    place = torch.searchsorted(token_map_M, ids).clamp(max=len(token_map_M) - 1)
+    place = torch.searchsorted(token_map_M, ids.contiguous()).clamp(max=len(token_map_M) - 1)
     return torch.where(token_map_M[place] == ids, place, IGNORED)
 
 
@@ -162,6 +164,8 @@ def fused_cross_entropy(heads: MedusaHeads, head: int, states_NC: Tensor, asked:
     """Summed loss that holds the logits of a few positions at a time. For "own" and "shared", torch 2.13."""
     if asked.teacher_NK.shape[1]:  # torch's own knows hard labels only
         return chunked_cross_entropy(heads, head, states_NC, asked)
+    # torch's own choice is 8 positions at a time for a hidden size of 256, which takes more than twice as long.
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=_chunk_size(heads))
     # Unreduced, as torch would add up bf16 losses in bf16: 0.7% off over 512 positions.
     losses_N = F.linear_cross_entropy(
         states_NC,
@@ -169,7 +173,7 @@ def fused_cross_entropy(heads: MedusaHeads, head: int, states_NC: Tensor, asked:
         asked.place_N,
         reduction="none",
         ignore_index=IGNORED,
-        options=torch.nn.LinearCrossEntropyOptions(),
+        options=options,
     )
     return losses_N.float().sum()
 
@@ -231,7 +235,11 @@ def num_hits(heads: MedusaHeads, head: int, states_NC: Tensor, asked: Asked) -> 
     return torch.stack(hits).sum(dim=0)
 
 
+def _chunk_size(heads: MedusaHeads) -> int:
+    return max(1, MAX_LOGITS // heads.draft_vocab_size)
+
+
 def _chunks(heads: MedusaHeads, states_NC: Tensor, asked: Asked) -> Iterator[tuple[Tensor, Asked]]:
-    size = max(1, MAX_LOGITS // heads.draft_vocab_size)
+    size = _chunk_size(heads)
     parts = zip(*(tensor.split(size) for tensor in asked), strict=True)
     return zip(states_NC.split(size), (Asked(*part) for part in parts), strict=True)
