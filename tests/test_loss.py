@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -511,20 +512,28 @@ def peak_of_a_loss(
     return peak
 
 
-def measured(max_logits: int, *cases: tuple) -> list[int]:
-    """peak_of_a_loss of each, in a process of their own, whose memory nothing else has touched."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return [pool.submit(peak_of_a_loss, max_logits, *case).result() for case in cases]
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """peak_of_a_loss of each of some cases, in a process that gives back at once what is freed."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks are read from /proc")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))  # glibc would keep blocks of up to 32 MiB
+
+    def run(max_logits: int, *cases: tuple) -> list[int]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return [pool.submit(peak_of_a_loss, max_logits, *case).result() for case in cases]
+
+    return run
 
 
 ways = [(chunked_cross_entropy, 0), (chunked_cross_entropy, 16)]
 if hasattr(F, "linear_cross_entropy"):
     ways.append((fused_cross_entropy, 0))
-on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
 
 
-@on_linux
-def test_a_loss_in_pieces_takes_less_memory_than_the_logits_of_one_head() -> None:
+def test_a_loss_in_pieces_takes_less_memory_than_the_logits_of_one_head(
+    measured: Callable[..., list[int]],
+) -> None:
     """64 MiB, at 4 MiB a piece. The way by all logits shows that the measure sees them."""
     shape = (1024, 16, 16_384)
     cases = [("own", *way, *shape) for way in [*ways, (whole_cross_entropy, 0), (whole_cross_entropy, 16)]]
@@ -533,13 +542,12 @@ def test_a_loss_in_pieces_takes_less_memory_than_the_logits_of_one_head() -> Non
     assert min(hard, soft) > 4 * 64 * 2**20  # of four heads
 
 
-@on_linux
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", ["own", "shared"])
 @pytest.mark.parametrize(("cross_entropy", "num_named"), ways)
 def test_the_loss_of_a_large_vocabulary_takes_less_than_a_gib(
-    layout: str, cross_entropy: CrossEntropy, num_named: int
+    layout: str, cross_entropy: CrossEntropy, num_named: int, measured: Callable[..., list[int]]
 ) -> None:
     """Whole logits of these four heads would be 7.8 GiB."""
     (peak,) = measured(module.MAX_LOGITS, (layout, cross_entropy, num_named, 4096, 256, 128_256))
