@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import MAX_HEADER, WEIGHTS, HeadStack, MedusaHeads, PackedHeadStack
-from medusa_ray.medusa.loss import labels_for, medusa_loss, whole_cross_entropy
+from medusa_ray.medusa.loss import labels_for, medusa_loss, num_losses, whole_cross_entropy
 
 C, V, R = 8, 20, 3
 TOKEN_MAP = torch.tensor([0, 3, 4, 7, 11, 12, 19])
@@ -372,9 +372,10 @@ def test_trained_heads_of_every_layout_give_the_base_s_replies_in_fewer_steps(
     heads = MedusaHeads(3, 1, **shape)
     heads.init_from(lm_head_VC)
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
+    mean_H = 1 / num_losses(heads, labels_NH)
     for _ in range(60):
         optimizer.zero_grad()
-        medusa_loss(heads, hidden_NC, labels_NH, 1.0, whole_cross_entropy, with_top1=False).loss.backward()
+        medusa_loss(heads, hidden_NC, labels_NH, mean_H, whole_cross_entropy, with_hits=False).loss.backward()
         optimizer.step()
     heads.save(tmp_path, str(tiny_base))
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from medusa_ray import parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, whole_cross_entropy
+from medusa_ray.medusa.loss import IGNORED, medusa_loss, whole_cross_entropy
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
@@ -328,9 +328,10 @@ def test_shared_heads_learn_in_bf16_with_sharded_weights(ray_cluster: None, tmp_
     trained.init_from(train.read_output_layer(config.model))
 
     hidden_NC, labels_NH = train.load_share(job_of(config), 0)
-    result = train.medusa_loss(trained, hidden_NC.float(), labels_NH, 1.0, whole_cross_entropy)
-    assert result.top1_H.min() > 0.9
-    assert curve_of(config)[-1]["head_loss"] == pytest.approx(result.head_loss_H.tolist(), abs=0.2)
+    result = medusa_loss(trained, hidden_NC.float(), labels_NH, torch.ones(2), whole_cross_entropy)
+    assert (result.top1_H / result.num_labels_H).min() > 0.9
+    expected = (result.loss_sum_H / result.num_labels_H).tolist()
+    assert curve_of(config)[-1]["head_loss"] == pytest.approx(expected, abs=0.2)
 
 
 @pytest.mark.ray
@@ -347,12 +348,13 @@ def test_low_rank_heads_learn_a_part_of_the_vocabulary(ray_cluster: None, tmp_pa
     trained.init_from(output_VC)
 
     hidden_NC, labels_NH = train.load_share(job, 0)
-    result = train.medusa_loss(trained, hidden_NC, labels_NH, 1.0, whole_cross_entropy)
+    result = medusa_loss(trained, hidden_NC, labels_NH, torch.ones(2), whole_cross_entropy)
+    top1 = (result.top1_H / result.num_labels_H).tolist()
     coverage = provenance.read(config.artifact("heads"))["draft_coverage"]
     assert 0.7 < coverage < 0.95
     # All that can be guessed is guessed, and what cannot is missed.
-    assert result.top1_H.tolist() == pytest.approx([coverage] * 2, abs=0.06)
-    assert curve_of(config)[-1]["top1"] == pytest.approx(result.top1_H.tolist(), abs=0.3)
+    assert top1 == pytest.approx([coverage] * 2, abs=0.06)
+    assert curve_of(config)[-1]["top1"] == pytest.approx(top1, abs=0.3)
     assert all(trained.low_rank_term(head).up.weight.norm() > 0 for head in range(2))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from medusa_ray import parts, provenance, shards
 from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, HeadLoss, cross_entropy_for, labels_for, medusa_loss
+from medusa_ray.medusa.loss import IGNORED, cross_entropy_for, labels_for, medusa_loss, num_losses
 
 LOG = logging.getLogger("medusa_ray")
 CURVE = "training.jsonl"
@@ -365,10 +365,22 @@ class HeadTrainer(nn.Module):
         self.head_weight = job.train.head_weight
         self.cross_entropy = cross_entropy_for(self.heads, job.train.batch_size)
 
-    def forward(self, hidden_NC: Tensor, labels_NH: Tensor, with_top1: bool) -> HeadLoss:
-        return medusa_loss(
-            self.heads, hidden_NC.to(self.dtype), labels_NH, self.head_weight, self.cross_entropy, with_top1
+    def forward(
+        self, hidden_NC: Tensor, labels_NH: Tensor, with_hits: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss to minimise, each head's mean loss, and each head's top-1: of this micro-batch alone."""
+        mean_H = 1 / num_losses(self.heads, labels_NH).clamp(min=1)
+        weight_H = self.head_weight ** torch.arange(len(mean_H), device=mean_H.device) * mean_H
+        result = medusa_loss(
+            self.heads,
+            hidden_NC.to(self.dtype),
+            labels_NH,
+            weight_H,
+            self.cross_entropy,
+            with_hits=with_hits,
         )
+        top1_H = None if result.top1_H is None else result.top1_H / result.num_labels_H.clamp(min=1)
+        return result.loss, result.loss_sum_H * mean_H, top1_H
 
 
 def worker(config: dict[str, Any]) -> str | None:
