@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ from medusa_ray.medusa import reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import HeadStack, MedusaHeads
+from medusa_ray.medusa.ranks import NUM_RANKS, ranks_in, tokens_per_step, top_accuracy
 from medusa_ray.medusa.reference import own_attention
 from medusa_ray.medusa.replies import Completion
 from medusa_ray.medusa.tree import Tree
@@ -35,7 +37,6 @@ from medusa_ray.records import PROMPTS, REPLIES, check_columns
 
 log = logging.getLogger("medusa_ray")
 
-NUM_RANKS = 10  # Guesses of a head that are looked at: published trees use no more.
 BATCH_SIZE = 16
 NEAR_TIE = 1e-4  # Two best scores nearer than this may come out either way.
 
@@ -143,47 +144,15 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def ranks_of(heads: HeadStack, reply: Completion) -> Tensor:
-    """[T - 1, H]: the rank that head h, asked where reply token t was produced, gave token t + 1 + h.
-
-    -1 where the token is not among the head's NUM_RANKS best, -2 where the reply has ended.
-    """
+    """[T - 1, H]: the rank that head h, asked where reply token t was produced, gave token t + 1 + h."""
     assert reply.hidden_TC is not None
     guess_THK = heads.topk(reply.hidden_TC[:-1], min(NUM_RANKS, heads.draft_vocab_size)).cpu()
-    tokens = torch.tensor(reply.token_ids)
-    rank_TH = torch.full(guess_THK.shape[:2], -2)
+    token_T = F.pad(torch.tensor(reply.token_ids), (0, heads.num_heads), value=-1)
+    columns = []
     for head in range(heads.num_heads):
-        coming_T = tokens[1 + head :]
-        hit_TK = guess_THK[: len(coming_T), head] == coming_T[:, None]
-        rank_TH[: len(coming_T), head] = torch.where(hit_TK.any(1), hit_TK.int().argmax(1), -1)
-    return rank_TH
-
-
-def top_accuracy(rank_TH: Tensor) -> dict[str, list[float]]:
-    """Share of tokens that each head named first, and among its first five."""
-    accuracy: dict[str, list[float]] = {}
-    for name, limit in (("top1", 1), ("top5", 5)):
-        columns = [column[column > -2] for column in rank_TH.T]
-        accuracy[name] = [((c >= 0) & (c < limit)).float().mean().item() if len(c) else 0.0 for c in columns]
-    return accuracy
-
-
-def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
-    """Acceleration on replies whose ranks are known: tokens after the prefill's, over steps.
-
-    It is exact: what a step accepts depends on the ranks at its root alone.
-    """
-    paths = set(tree.paths)
-    tokens = steps = 0
-    for rank_TH in ranks:
-        rows, root = rank_TH.tolist(), 0
-        while root < len(rows):
-            depth = 0
-            while depth < tree.depth and tuple(rows[root][: depth + 1]) in paths:
-                depth += 1
-            root += depth + 1
-            steps += 1
-        tokens += len(rows)
-    return tokens / steps if steps else 0.0
+        coming_T = token_T[1 + head :][: len(guess_THK)]
+        columns.append(ranks_in(guess_THK[:, head], coming_T, coming_T >= 0))
+    return torch.stack(columns, dim=1)
 
 
 # ----------------------------------------------------------------------------------------- parity and speed

@@ -62,7 +62,8 @@ class Piece(NamedTuple):
     """Positions low ... high - 1 of a window, whose rows stand in this order."""
 
     part_R: Ints  # of each row: its part
-    row_R: Ints  # and its place there
+    row_R: Ints  # its place there
+    count_R: Ints  # and how many positions it has
     low: int
     high: int
 
@@ -105,4 +106,4 @@ class Line:
         end_R = count_R.cumsum()
         needed_R = (end_R > low) & (end_R - count_R < high) & (count_R > 0)
         skipped = int((end_R - count_R)[needed_R][0])
-        return Piece(part_R[needed_R], row_R[needed_R], low - skipped, high - skipped)
+        return Piece(part_R[needed_R], row_R[needed_R], count_R[needed_R], low - skipped, high - skipped)

@@ -1,8 +1,9 @@
 """Tables of hidden/ -> states and labels: what the heads are trained on.
 
-# N positions   H heads   C hidden   M draft vocabulary   R rows
+# N positions   H heads   C hidden   R rows   K tokens that the teacher names
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,15 +12,26 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from medusa_ray.medusa.loss import IGNORED, labels_for
+from medusa_ray.medusa.loss import IGNORED, Teacher, labels_for, teacher_for
 
-SKELETON = ["id", "input_ids", "position", "label_mask"]  # the columns of hidden/ without the states
+SKELETON = ["id", "input_ids", "position", "label_mask"]  # the columns of hidden/ without what the base says
+TEACHER = ["teacher_ids", "teacher_logprobs"]
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     hidden_NC: Tensor  # in the base's dtype
     labels_NH: Tensor
-    ids: list[str]  # of the row that each position is of
+    teacher: Teacher | None
+    id_N: np.ndarray  # of the row that each position is of
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    def __getitem__(self, where: Any) -> "Batch":
+        """Some of the positions, by a slice or by their numbers."""
+        teacher = self.teacher and Teacher(*(tensor[where] for tensor in self.teacher))
+        return Batch(self.hidden_NC[where], self.labels_NH[where], teacher, self.id_N[where])
 
 
 class Places(NamedTuple):
@@ -28,10 +40,11 @@ class Places(NamedTuple):
     row_N: Tensor
     place_N: Tensor  # among all positions of the table
     labels_NH: Tensor
+    teacher: Teacher | None
 
 
-def places_of(table: pa.Table, num_heads: int) -> Places:
-    """table: with the columns `input_ids`, `position` and `label_mask`."""
+def places_of(table: pa.Table, num_heads: int, top_k: int = 0) -> Places:
+    """table: with the columns of SKELETON, and the teacher's with top_k, its number of tokens."""
     ids, position, mask = (table[name].combine_chunks() for name in ("input_ids", "position", "label_mask"))
     num_tokens_R, num_positions_R = lengths_of(ids), lengths_of(position)
     # One sequence of all rows, with room between them for what the last heads of a row ask for in vain.
@@ -43,47 +56,69 @@ def places_of(table: pa.Table, num_heads: int) -> Places:
     input_ids[token_T] = torch.from_numpy(ids.flatten().to_numpy(zero_copy_only=False).copy())
     label_mask[token_T] = torch.from_numpy(mask.flatten().to_numpy(zero_copy_only=False).copy())
     position_N = position.flatten().to_numpy(zero_copy_only=False) + np.repeat(start_R, num_positions_R)
-    labels_NH = labels_for(input_ids, label_mask, torch.from_numpy(position_N), num_heads)
+    position_N = torch.from_numpy(position_N)
+    labels_NH = labels_for(input_ids, label_mask, position_N, num_heads)
     place_N = (labels_NH != IGNORED).any(dim=1).nonzero()[:, 0]
     row_N = torch.from_numpy(np.repeat(np.arange(len(table)), num_positions_R))
-    return Places(row_N[place_N], place_N, labels_NH[place_N])
+    teacher = None
+    if top_k:
+        said = (table[name].combine_chunks().flatten().to_numpy() for name in TEACHER)
+        ids_LK, logprobs_LK = (torch.from_numpy(values.copy()).view(-1, top_k) for values in said)
+        teacher = teacher_for(ids_LK, logprobs_LK, label_mask, position_N[place_N], num_heads)
+    return Places(row_N[place_N], place_N, labels_NH[place_N], teacher)
 
 
 def lengths_of(lists: Any) -> np.ndarray:
     return lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def batch_of(table: pa.Table, hidden_size: int, dtype: str, num_heads: int) -> Batch:
-    """All positions of a table of hidden/ that have a label, in its order.
+@dataclass(frozen=True)
+class Form:
+    """What the tables of a hidden/ are like, and how many heads ask."""
 
-    Raises ValueError when a row's bytes are not the states of its positions.
-    """
-    raw = table["hidden"].combine_chunks()
-    width = np.dtype(np.int16 if dtype == "bfloat16" else np.int32)  # NumPy has no bfloat16, so bits are moved
-    found_R = pc.binary_length(raw).to_numpy(zero_copy_only=False)
-    needed_R = lengths_of(table["position"].combine_chunks()) * hidden_size * width.itemsize
-    if len(wrong := np.flatnonzero(found_R != needed_R)):
-        row = int(wrong[0])
-        raise ValueError(
-            f"row {table['id'][row]} of hidden/ has {found_R[row]} bytes of states, but its positions need "
-            f"{needed_R[row]} ({hidden_size} {dtype} each). Run the hidden stage again."
+    num_heads: int
+    hidden_size: int
+    dtype: str  # float32 | bfloat16
+    top_k: int = 0  # tokens that the teacher names for a label
+
+    def batch(self, table: pa.Table) -> Batch:
+        """All positions of a table that have a label, in its order.
+
+        Raises ValueError when a row's bytes are not the states of its positions.
+        """
+        raw = table["hidden"].combine_chunks()
+        width = np.dtype(np.int16 if self.dtype == "bfloat16" else np.int32)  # NumPy has no bfloat16: bits are moved
+        found_R = pc.binary_length(raw).to_numpy(zero_copy_only=False)
+        needed_R = lengths_of(table["position"].combine_chunks()) * self.hidden_size * width.itemsize
+        if len(wrong := np.flatnonzero(found_R != needed_R)):
+            row = int(wrong[0])
+            raise ValueError(
+                f"row {table['id'][row]} of hidden/ has {found_R[row]} bytes of states, but its positions need "
+                f"{needed_R[row]}, {self.hidden_size} {self.dtype} each. Run the hidden stage again."
+            )
+        places = places_of(table, self.num_heads, self.top_k)
+        offsets = np.frombuffer(raw.buffers()[1], np.int64)[raw.offset : raw.offset + len(raw) + 1]
+        bits_NC = np.frombuffer(raw.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]].view(width)
+        # Indexing by an array copies, so that Arrow's memory is given back.
+        hidden_NC = torch.from_numpy(bits_NC.reshape(-1, self.hidden_size)[places.place_N.numpy()])
+        id_N = table["id"].to_numpy()[places.row_N.numpy()]
+        return Batch(hidden_NC.view(getattr(torch, self.dtype)), places.labels_NH, places.teacher, id_N)
+
+    def nothing(self) -> Batch:
+        """One position without a label."""
+        said = torch.zeros(1, self.num_heads, self.top_k)
+        return Batch(
+            torch.zeros(1, self.hidden_size, dtype=getattr(torch, self.dtype)),
+            torch.full((1, self.num_heads), IGNORED),
+            Teacher(said.int(), said) if self.top_k else None,
+            np.array([""], dtype=object),
         )
-    places = places_of(table, num_heads)
-    if not len(places.row_N):
-        return Batch(torch.zeros(0, hidden_size, dtype=getattr(torch, dtype)), places.labels_NH, [])
-    offsets = np.frombuffer(raw.buffers()[1], np.int64)[raw.offset : raw.offset + len(raw) + 1]
-    bits_NC = np.frombuffer(raw.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].view(width)
-    # Indexing by an array copies, so that Arrow's memory is given back.
-    hidden_NC = torch.from_numpy(bits_NC.reshape(-1, hidden_size)[places.place_N.numpy()])
-    names = table["id"].to_pylist()
-    ids = [names[row] for row in places.row_N.tolist()]
-    return Batch(hidden_NC.view(getattr(torch, dtype)), places.labels_NH, ids)
 
 
 def joined(batches: list[Batch]) -> Batch:
-    ids = [name for batch in batches for name in batch.ids]
-    return Batch(torch.cat([b.hidden_NC for b in batches]), torch.cat([b.labels_NH for b in batches]), ids)
-
-
-def part_of(batch: Batch, first: int, last: int) -> Batch:
-    return Batch(batch.hidden_NC[first:last], batch.labels_NH[first:last], batch.ids[first:last])
+    """The positions of all, in their order."""
+    hidden_NC = torch.cat([batch.hidden_NC for batch in batches])
+    labels_NH = torch.cat([batch.labels_NH for batch in batches])
+    teachers = [batch.teacher for batch in batches if batch.teacher is not None]
+    teacher = Teacher(*map(torch.cat, zip(*teachers, strict=True))) if teachers else None
+    return Batch(hidden_NC, labels_NH, teacher, np.concatenate([batch.id_N for batch in batches]))

@@ -1,0 +1,224 @@
+"""The heads in a DeepSpeed engine: its config, and its whole state whatever ZeRO has made of it.
+
+# N positions   H heads   C hidden   V vocabulary
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from medusa_ray import provenance
+from medusa_ray.config import HeadsConfig, TrainConfig, UserError
+from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.medusa.loss import HeadLoss, cross_entropy_for, medusa_loss
+from medusa_ray.train.rows import Batch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class HeadTrainer(nn.Module):
+    """What DeepSpeed wraps. The loss is inside, since ZeRO-3 gathers weights around a module's forward."""
+
+    def __init__(
+        self, heads: HeadsConfig, train: TrainConfig, output_layer_VC: Tensor, token_map_M: Tensor | None
+    ) -> None:
+        super().__init__()
+        vocab_size, hidden_size = output_layer_VC.shape
+        self.dtype = getattr(torch, train.dtype)
+        torch.manual_seed(train.seed)  # low-rank terms begin at random
+        self.heads = MedusaHeads(
+            **heads.model_dump(exclude={"draft_vocab_size"}),
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            token_map_M=token_map_M,
+            dtype=self.dtype,
+        )
+        self.heads.init_from(output_layer_VC.to(self.dtype))
+        self.cross_entropy = cross_entropy_for(self.heads, train.batch_size)
+
+    def forward(self, batch: Batch, weight_H: Tensor, with_hits: bool) -> HeadLoss:
+        return medusa_loss(
+            self.heads,
+            batch.hidden_NC.to(self.dtype),
+            batch.labels_NH,
+            weight_H,
+            self.cross_entropy,
+            batch.teacher,
+            with_hits,
+        )
+
+
+def start(model: nn.Module, train: TrainConfig, device: str) -> Any:
+    """A DeepSpeed engine around a model whose parameters are all trained."""
+    import deepspeed  # here, since it looks for an accelerator, which the driver need not have
+
+    # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler.
+    # Training never calls it. deepspeed 0.19 has no switch for that; drop this when it has one.
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    if device == "cpu" and hasattr(comm, "build_shm_op"):
+        comm.build_shm_op = lambda: None
+    if device == "cpu":
+        torch.set_num_threads(1)  # a worker has one CPU
+    torch.backends.cuda.matmul.allow_tf32 = train.tf32
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    config = deepspeed_config(train)
+    optimizer = None
+    if "optimizer" not in config:
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=train.weight_decay, fused=True)
+    parameters = None if optimizer else list(model.parameters())
+    engine = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=parameters, config=config
+    )[0]
+    for state in optimizer_of(engine).state.values():
+        state["step"].zero_()  # ZeRO 0 in bf16 has taken a step already, of nothing, that Adam would count
+    return engine
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """TrainConfig in DeepSpeed's words, and a file of the user's own on top.
+
+    Raises UserError where that file says something else than the config, or cannot be read.
+    """
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.dtype == "bfloat16"},
+        "steps_per_print": 2**62,  # our own lines say more
+    }
+    if train.deepspeed is None:
+        return derived
+    try:
+        own = provenance.read_json(train.deepspeed)
+    except (OSError, ValueError) as error:
+        raise UserError(f"train.deepspeed is {train.deepspeed!r}, which cannot be read: {error}") from error
+    return merged(derived, own, train.deepspeed)
+
+
+KEYS = {  # where the config says what a DeepSpeed file may say too
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16.enabled": "train.dtype",
+}
+
+
+def merged(derived: dict[str, Any], own: dict[str, Any], file: str) -> dict[str, Any]:
+    """`auto` in the file is what the config says, as in files that were written for transformers' Trainer."""
+    if "scheduler" in own and not is_auto(own["scheduler"].get("params")):
+        raise UserError(
+            f"{file} has a scheduler, but learning rates follow train.lr_scheduler and train.warmup_steps. "
+            "Take the section out."
+        )
+    if own.get("fp16", {}).get("enabled") is True:
+        raise UserError(f"{file} enables fp16, but heads train in float32 or bfloat16: set train.dtype.")
+    left_out = {"scheduler", "fp16", "train_batch_size"}
+    if is_auto(own.get("optimizer", {}).get("params")):
+        left_out.add("optimizer")
+
+    def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[str, Any]:
+        result = dict(ours)
+        for key, value in theirs.items():
+            dotted = f"{prefix}{key}"
+            if isinstance(value, dict):
+                result[key] = merge(ours.get(key, {}), value, f"{dotted}.")
+            elif value == "auto":
+                continue  # ours, or DeepSpeed's default
+            elif dotted in KEYS and value != ours[key]:
+                raise UserError(
+                    f"{file} says {dotted}: {value}, but {KEYS[dotted]} makes it {ours[key]}. Write 'auto' there, "
+                    f"or change {KEYS[dotted]}."
+                )
+            else:
+                result[key] = value
+        return result
+
+    return merge(derived, {key: value for key, value in own.items() if key not in left_out}, "")
+
+
+def is_auto(params: dict[str, Any] | None) -> bool:
+    return bool(params) and all(value == "auto" for value in params.values())
+
+
+# ------------------------------------------------------------------------------------------------------ state
+
+
+def optimizer_of(engine: Any) -> Any:
+    """torch's own optimizer, from under whatever ZeRO has wrapped around it."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def gathered(engine: Any) -> Any:
+    """A context in which all weights are there; ZeRO-3 shards them."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
+
+
+def full_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights in fp32 and moments of the optimizer by name, each whole, whatever ZeRO's stage and the number of ranks.
+
+    All ranks must ask for all of them, since each holds a part.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    masters = unsharded_masters(engine)
+    for name, weight in engine.module.named_parameters():
+        if masters is None:
+            yield f"weight/{name}", safe_get_full_fp32_param(weight)
+            for moment in MOMENTS:
+                yield f"{moment}/{name}", safe_get_full_optimizer_state(weight, moment)
+        else:
+            yield f"weight/{name}", masters[weight].detach()
+            for moment in MOMENTS:
+                yield f"{moment}/{name}", optimizer_of(engine).state[masters[weight]][moment]
+
+
+def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Callable[[], Tensor]) -> None:
+    """Takes over what `full_state` gave after so many steps of the optimizer.
+
+    idle: makes a loss without gradients, of a micro-batch that teaches nothing.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(engine.gradient_accumulation_steps()):  # an optimizer makes its state in its first step
+        engine.backward(idle())
+        engine.step()
+    optimizer, masters = optimizer_of(engine), unsharded_masters(engine)
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+    for name, weight in engine.module.named_parameters():
+        value = tensors[f"weight/{name}"].to(engine.device)
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.data.copy_(value)
+        if masters is None:
+            safe_set_full_fp32_param(weight, value)
+        else:
+            masters[weight].data.copy_(value)
+        for moment in MOMENTS:
+            value = tensors[f"{moment}/{name}"].to(engine.device)
+            if masters is None:
+                safe_set_full_optimizer_state(weight, value, moment)
+            else:
+                optimizer.state[masters[weight]][moment].copy_(value)
+
+
+def unsharded_masters(engine: Any) -> dict[Tensor, Tensor] | None:
+    """The fp32 weight of each weight with ZeRO 0, where DeepSpeed's own way to them does not work."""
+    if engine.zero_optimization_stage():
+        return None
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return {weight: weight for weight in engine.module.parameters()}
+    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {weight: master for pair in groups for weight, master in zip(*pair, strict=True)}
