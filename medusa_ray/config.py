@@ -30,10 +30,16 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The base model, which is never changed."""
 
-    base: str = Field(description="Folder or hub name of a transformers causal language model.")
+    base: str = Field(
+        description="Folder or hub name of a transformers causal language model, or of a PEFT adapter, which is merged "
+        "into the model that it names (the extra `lora`)."
+    )
     revision: str | None = Field(None, description="Hub revision of the base; null is its default branch.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype of the base.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    quantization: Literal["none", "4bit"] = Field(
+        "none", description="4bit: weights in NF4 by bitsandbytes, on a GPU (the extra `quantized`)."
+    )
 
 
 class DataConfig(Strict):
@@ -46,8 +52,18 @@ class DataConfig(Strict):
     out_of_domain: str | None = Field(None, description="Chats unlike the training ones, for contrast only.")
     num_train: int | None = Field(None, gt=0, description="Rows kept of train; null keeps all.")
     num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
-    turns: Literal["last", "all"] = Field("last", description="Which assistant turns become prompts.")
-    max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are kept as rows with an error.")
+    loss_on: Literal["last", "assistant", "all"] = Field(
+        "last",
+        description="Whose tokens heads learn to guess. last: of the last assistant turn; assistant: of every such turn, "
+        "each answered for itself; all: of prompt and last turn alike, which needs hidden.mode compute or stream.",
+    )
+    max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are treated as over_long says.")
+    over_long: Literal["truncate", "skip", "error"] = Field(
+        "truncate",
+        description="truncate: a given reply over distill.max_new_tokens or the base's positions loses its end, and is "
+        "finished by `length`; a prompt cannot be cut without becoming another, so it is skipped. skip: either is kept "
+        "as a row with an error, counted in provenance. error: the run stops and names the first.",
+    )
 
 
 class DistillConfig(Strict):
@@ -69,11 +85,16 @@ class DistillConfig(Strict):
 class HiddenConfig(Strict):
     """Hidden states of the frozen base, where a label needs them."""
 
-    mode: Literal["capture", "compute"] = Field(
-        "capture", description="capture: while distilling; compute: in a pass of their own."
+    mode: Literal["capture", "compute", "stream"] = Field(
+        "capture",
+        description="capture: while distilling; compute: in a pass of their own; stream: while training, anew in each "
+        "epoch and never written, where a corpus is too large to keep.",
     )
-    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing.")
-    batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass when computing.")
+    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing or streaming.")
+    batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
+    top_k: int = Field(
+        0, ge=0, description="Likeliest tokens of the base kept with each label, for soft labels; 0 keeps none."
+    )
 
 
 class HeadsConfig(Strict):
@@ -160,6 +181,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "hidden.mode is 'capture', but distill.replies is 'given': nothing is generated, so nothing "
                 "can be captured. Set hidden.mode to 'compute'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _states_of_prompts_need_a_pass_of_the_base(self) -> "RunConfig":
+        if self.data.loss_on == "all" and self.hidden.mode == "capture":
+            raise ValueError(
+                "data.loss_on is 'all', but hidden.mode is 'capture': distillation passes through the states of "
+                "replies, not of prompts. Set hidden.mode to 'compute' or 'stream'."
             )
         return self
 
