@@ -28,13 +28,13 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from medusa_ray import parts, provenance, shards
-from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, HeadLoss, cross_entropy_for, labels_for, medusa_loss
+from medusa_ray.states import read_output_layer
 
 LOG = logging.getLogger("medusa_ray")
 CURVE = "training.jsonl"
@@ -154,42 +154,6 @@ def trainer(job: Job, storage: str, name: str) -> TorchTrainer:
             checkpoint_config=api.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": environment},
         ),
-    )
-
-
-def read_output_layer(model: ModelConfig) -> Tensor:
-    """Weight [V, C] of the base's output layer: that tensor alone, not the whole model around it.
-
-    Raises UserError when the base has no safetensors or none of the usual names in them.
-    """
-    from transformers.utils import (
-        cached_file,
-    )  # here, since workers need no transformers: 0.5 s of their start
-
-    def find(file: str) -> str | None:
-        options: Any = {"_raise_exceptions_for_missing_entries": False}
-        return cached_file(model.base, file, revision=model.revision, **options)
-
-    try:
-        if index := find("model.safetensors.index.json"):
-            files = provenance.read_json(index)["weight_map"]
-        elif single := find("model.safetensors"):
-            with safe_open(single, framework="pt") as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(f"the base {model.base} has no model.safetensors. Save it in that format.")
-    except OSError as error:
-        message = f"the base {model.base} cannot be read: {error}. Set model.base to a folder or hub name."
-        raise UserError(message) from error
-    # Tied embeddings are stored once, under the name of the input side.
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name in files:
-            if name.endswith(ending):
-                with safe_open(find(files[name]), framework="pt") as file:
-                    return file.get_tensor(name)
-    raise UserError(
-        f"the base {model.base} has tensors {list(files)[:3]}..., but neither lm_head.weight nor "
-        "embed_tokens.weight, from which heads start. Set model.base to a Llama-like model."
     )
 
 
