@@ -54,8 +54,8 @@ class DataConfig(Strict):
     num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
     loss_on: Literal["last", "assistant", "all"] = Field(
         "last",
-        description="Whose tokens heads learn to guess. last: of the last assistant turn; assistant: of every such turn, "
-        "each answered for itself; all: of prompt and last turn alike, which needs hidden.mode compute or stream.",
+        description="Whose tokens heads learn to guess. last: the last assistant turn's; assistant: every such turn's, "
+        "each answered for itself; all: prompt's and last turn's, which needs hidden.mode compute or stream.",
     )
     max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are treated as over_long says.")
     over_long: Literal["truncate", "skip", "error"] = Field(

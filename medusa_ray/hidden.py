@@ -8,15 +8,12 @@ with the same name.
 import functools
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.compute as pc
 
 from medusa_ray import parts, provenance, records, shards
 from medusa_ray.config import RunConfig, UserError
-
-if TYPE_CHECKING:
-    from medusa_ray.states import Body
 
 LOG = logging.getLogger("medusa_ray")
 
@@ -41,7 +38,9 @@ def run(config: RunConfig) -> str:
     done = parts.begin(hidden, provenance.key(settings, inputs))
     facts = _facts(distilled, config.data.loss_on)
     if config.hidden.mode == "stream":
-        LOG.info("stage=hidden mode=stream written=0: training computes num_positions=%d", facts["num_positions"])
+        LOG.info(
+            "stage=hidden mode=stream written=0: training computes num_positions=%d", facts["num_positions"]
+        )
     else:
         refs = [shards.put({"part": name}) for name in parts.names(distilled) if name not in done]
         device = shards.device_of(config.model)
@@ -78,7 +77,7 @@ class Computer:
     def __init__(self, config: RunConfig, base: str, device: str, distilled: str, hidden: str) -> None:
         from medusa_ray.states import Body  # here and not above: the driver deals parts and needs no model
 
-        self.body: Body = Body(config.model, base, device, config.hidden, config.data.loss_on)
+        self.body = Body(config.model, base, device, config.hidden, config.data.loss_on)
         self.distilled, self.hidden = distilled, hidden
 
     def __call__(self, shard: shards.Shard) -> dict[str, Any]:

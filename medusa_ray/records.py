@@ -40,11 +40,12 @@ DISTILLED = pa.schema(
     ]
 )
 
-# hidden/*.parquet: one row per good distilled row that leaves a head a label, in their order. Schema metadata: dtype
-# (float32 | bfloat16), hidden_size, top_k. The sequence is prompt_ids + reply_ids, T tokens of which P are prompt. A head
-# at position t guesses tokens t + 2 and later, and is only ever asked at t >= P - 1, so positions are P - 1 ... T - 3;
-# where all tokens are labels (data.loss_on: all), 0 ... T - 3. teacher_*: what the base itself would have said, row-major
-# [tokens with a label mask, top_k]; the distribution of token t is the one at state t - 1. Empty where top_k is 0.
+# hidden/*.parquet: one row per good distilled row that leaves a head a label, in their order; no parts at all where
+# training streams them. Schema metadata: dtype (float32 | bfloat16), hidden_size, top_k. The sequence is prompt_ids +
+# reply_ids, T tokens of which P are prompt. A head at position t guesses tokens t + 2 and later, and is only ever asked
+# at t >= P - 1, so positions are P - 1 ... T - 3; where all tokens are labels (data.loss_on: all), 0 ... T - 3.
+# teacher_*: what the base itself finds likely for each token that may be a label, in their order, row-major
+# [labels, top_k]; what it says for token t is in state t - 1. Empty where top_k is 0.
 HIDDEN = pa.schema(
     [
         ("id", pa.string()),

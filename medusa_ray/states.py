@@ -93,7 +93,9 @@ def table_of(
     taught = [([], [])] * len(rows) if not (top_k and rows) else _taught(states, top_k, teach)
     return records.hidden_table(
         [
-            records.hidden_row(row["id"], row["prompt_ids"], row["reply_ids"], _raw(own_NC[:-1]), loss_on, *teacher)
+            records.hidden_row(
+                row["id"], row["prompt_ids"], row["reply_ids"], _raw(own_NC[:-1]), loss_on, *teacher
+            )
             for row, own_NC, teacher in zip(rows, states, taught, strict=True)
         ],
         dtype,

@@ -45,7 +45,9 @@ def test_an_adapters_folder_is_the_merged_model(adapter: Path, tiny_base: Path) 
     assert (logits_BTV - adapted.logits).abs().max() < 1e-4 < (logits_BTV - bare).abs().max()
 
 
-def test_an_adapter_may_name_its_base_by_a_folder_beside_it(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_may_name_its_base_by_a_folder_beside_it(
+    adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     """Trainers write the path as it was given to them; a worker runs somewhere else."""
     (tmp_path / "base").symlink_to(tiny_base)
     (tmp_path / "lora").mkdir()
@@ -56,7 +58,9 @@ def test_an_adapter_may_name_its_base_by_a_folder_beside_it(adapter: Path, tiny_
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
-def test_the_output_layer_of_an_adapter_is_the_merged_ones(targets: list[str], tiny_base: Path, tmp_path: Path) -> None:
+def test_the_output_layer_of_an_adapter_is_the_merged_ones(
+    targets: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
     folder = write_adapter(tmp_path, tiny_base, targets)
     merged = base_of.load(str(folder), torch.float32, "cpu").get_output_embeddings().weight
     bare = base_of.output_weight(str(tiny_base))
@@ -71,7 +75,9 @@ def test_the_output_layer_is_read_without_the_model_around_it(tmp_path: Path) ->
     assert torch.equal(base_of.output_weight(str(tmp_path)), weight_VC)
 
 
-def test_an_adapter_has_its_own_tokenizer_or_its_bases(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_has_its_own_tokenizer_or_its_bases(
+    adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     chat = Chat.load(str(adapter))
     assert chat.prompt_ids([{"role": "user", "content": "hi"}])[:2] == [1, 4]
     assert chat.eos_ids == {2}
@@ -90,11 +96,15 @@ def test_without_peft_an_adapter_is_refused_with_what_to_install(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_of, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"is an adapter, .* the package peft, .*\. Install medusa_ray\[lora\]"):
+    with pytest.raises(
+        ValueError, match=r"is an adapter, .* the package peft, .*\. Install medusa_ray\[lora\]"
+    ):
         base_of.load(str(adapter), torch.float32, "cpu")
 
 
-def test_an_adapter_of_another_base_or_of_none_is_refused(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_or_of_none_is_refused(
+    adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not say what it adapts"):

@@ -29,9 +29,9 @@ FLOORS = {
         "states",
         *(
             f"medusa.{name}"
-            for name in ["attention", "base", "backbone", "states", "cache", "conformance", "treepass", "compiled", "graphs"]
+            for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

@@ -17,7 +17,12 @@ PROMPTS = [[1, 4, 30 + i, *range(40, 40 + 7 * i), 2, 5] for i in range(6)]
 
 
 def config_of(
-    folder: Path, base: Path, batch_tokens: int = 64, mode: str = "compute", loss_on: str = "last", top_k: int = 0
+    folder: Path,
+    base: Path,
+    batch_tokens: int = 64,
+    mode: str = "compute",
+    loss_on: str = "last",
+    top_k: int = 0,
 ) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -81,7 +86,9 @@ def test_states_are_what_the_output_layer_takes(tiny_base: Path, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     for row in compute(config_of(tmp_path, tiny_base), "part-000001"):
         logits_TV = model(torch.tensor([row["input_ids"]])).logits[0, row["position"]]
-        torch.testing.assert_close(model.lm_head(states_of(row)), logits_TV, atol=1e-4, rtol=0)  # fp32, two layers
+        torch.testing.assert_close(
+            model.lm_head(states_of(row)), logits_TV, atol=1e-4, rtol=0
+        )  # fp32, two layers
 
 
 @pytest.mark.parametrize("loss_on", ["last", "all"])
@@ -93,9 +100,9 @@ def test_a_labels_teacher_is_the_distribution_that_it_was_drawn_from(
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     for row in compute(config_of(tmp_path, tiny_base, loss_on=loss_on, top_k=4), "part-000001"):
         labels = [i for i, may_be in enumerate(row["label_mask"]) if may_be]
-        num_reply = 9
-        assert labels == list(range(1 if loss_on == "all" else len(row["input_ids"]) - num_reply, len(row["input_ids"])))
-        assert row["position"] == list(range(labels[0] - 1, len(row["input_ids"]) - 2))
+        num_tokens, num_reply = len(row["input_ids"]), 9
+        assert labels == list(range(1 if loss_on == "all" else num_tokens - num_reply, num_tokens))
+        assert row["position"] == list(range(labels[0] - 1, num_tokens - 2))
         best = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1).topk(4)
         before = [label - 1 for label in labels]
         assert torch.tensor(row["teacher_ids"]).view(-1, 4).equal(best.indices[before].int())
@@ -108,7 +115,11 @@ def test_a_labels_teacher_is_the_distribution_that_it_was_drawn_from(
 def test_captured_rows_are_the_computed_ones_column_by_column(tiny_base: Path, tmp_path: Path) -> None:
     """So that training can change from one to the other and be the same training."""
     rows = [
-        {"id": f"{i}/0", "prompt_ids": prompt if i != 2 else [], "error": "too long: very" if i == 2 else None}
+        {
+            "id": f"{i}/0",
+            "prompt_ids": prompt if i != 2 else [],
+            "error": "too long: very" if i == 2 else None,
+        }
         for i, prompt in enumerate(PROMPTS)
     ]
     parts.write(f"{tmp_path}/prompts/train", "part-000000", pa.Table.from_pylist(rows, records.PROMPTS))
@@ -146,7 +157,9 @@ def test_streaming_counts_and_writes_nothing(tiny_base: Path, tmp_path: Path) ->
     distilled = (row for name in parts.names(f"{tmp_path}/distilled") for row in
                  parts.read(f"{tmp_path}/distilled", name).to_pylist() if not row["error"])  # fmt: skip
     assert record["num_positions"] == sum(len(row["prompt_ids"] + row["reply_ids"]) - 2 for row in distilled)
-    assert not provenance.is_complete(config.artifact("hidden"), settings_of(config_of(tmp_path, tiny_base)), {})
+    assert not provenance.is_complete(
+        config.artifact("hidden"), settings_of(config_of(tmp_path, tiny_base)), {}
+    )
 
 
 def test_distilled_rows_that_are_not_finished_are_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def test_where_only_the_template_hides_replies_the_run_stops_and_names_it(
     provenance.write(f"{tmp_path}/prompts", {}, {}, splits={"train": {"longest_prompt_tokens": 99}})
     raw = {"output": str(tmp_path), "model": {"base": str(base)}, "data": {"train": "-"}}
     config = RunConfig.model_validate({**raw, "distill": {"replies": "given"}, "hidden": {"mode": "compute"}})
-    with pytest.raises(UserError, match=r"none of 2 training rows .*'\{\{ messages \| length \}\} messages so far"):
+    with pytest.raises(
+        UserError, match=r"none of 2 training rows .*'\{\{ messages \| length \}\} messages so far"
+    ):
         distill.run(config)
     assert provenance.read(config.artifact("distilled")) is None
 
@@ -190,8 +192,16 @@ def test_where_only_the_template_hides_replies_the_run_stops_and_names_it(
 
 def states_of(base: Path, prompt_ids: list[int], reply_ids: list[int], **options: Any) -> torch.Tensor:
     """Of the reply's labels, by the hidden stage's own worker."""
-    body = Body(ModelConfig(base=str(base), dtype="float32"), str(base), "cpu", HiddenConfig(**options), "last")
-    row = {"id": "0", "prompt_ids": prompt_ids, "reply_ids": reply_ids, "finish_reason": "stop", "error": None}
+    body = Body(
+        ModelConfig(base=str(base), dtype="float32"), str(base), "cpu", HiddenConfig(**options), "last"
+    )
+    row = {
+        "id": "0",
+        "prompt_ids": prompt_ids,
+        "reply_ids": reply_ids,
+        "finish_reason": "stop",
+        "error": None,
+    }
     (made,) = body.hidden_table(pa.Table.from_pylist([row], records.DISTILLED)).to_pylist()
     return torch.frombuffer(bytearray(made["hidden"]), dtype=torch.float32).view(len(reply_ids) - 1, -1)
 

@@ -33,7 +33,12 @@ ALIKE: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
 }  # fmt: skip
-OWN_WORDS: dict[str, Any] = {"vocab_size": VOCAB, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
+OWN_WORDS: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @functools.cache
@@ -45,7 +50,9 @@ def model_of(family: str) -> PreTrainedModel:
         "gemma": lambda: Gemma2ForCausalLM(
             Gemma2Config(**ALIKE, head_dim=8, sliding_window=4, final_logit_softcapping=2.0)
         ),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**OWN_WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(**OWN_WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        ),
         "granite": lambda: GraniteForCausalLM(GraniteConfig(**ALIKE, logits_scaling=7.0)),
         # Its biases follow the place in the row, whatever the positions say: it cannot be packed.
         "bloom": lambda: BloomForCausalLM(BloomConfig(**OWN_WORDS, hidden_size=32, n_layer=2, n_head=4)),
@@ -117,10 +124,9 @@ def test_beginnings_of_another_sequence_are_not_run_again() -> None:
 @given(st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=8))
 def test_a_host_is_the_longest_sequence_that_begins_alike(sequences: list[list[int]]) -> None:
     for sequence, host in zip(sequences, hosts(sequences), strict=True):
-        begun = [other for other in sequences if other[: len(sequence)] == sequence]
-        assert sequences[host] in begun
-        # No other sequence begins with what a host is.
-        assert not [o for o in sequences if len(o) > len(sequences[host]) and o[: len(sequences[host])] == sequences[host]]
+        assert sequences[host][: len(sequence)] == sequence
+        begun = [other for other in sequences if other[: len(sequences[host])] == sequences[host]]
+        assert all(other == sequences[host] for other in begun)  # a host is no beginning of another
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.booleans())

@@ -77,7 +77,7 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
         lines += [
             ("positions of hidden states", f"{amount.most}{amount.num_positions:,}"),
             ("optimizer steps", f"{amount.most}{steps:,}"),
-            ("passes of the base before or while training", passes(run, amount)),
+            ("passes of the base", passes(run, amount)),
         ]
     if base is None:
         reason = f"unknown: no Llama-shaped config.json of {run.model.base} is on disk or on a hub in reach"
@@ -173,15 +173,14 @@ def shown(num_bytes: float) -> str:
 
 
 def read_base(name: str, revision: str | None) -> Base | None:
-    """From config.json in the base's folder or on the hub; None when out of reach or not Llama-shaped."""
-    path = Path(name) / "config.json"
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(name, "config.json", revision=revision))
-        except (OSError, ValueError):  # no such repository, no network, no valid name
-            return None
+    """From config.json in the base's folder or on the hub, of what an adapter adapts; None when out of reach or not
+    Llama-shaped.
+    """
+    path = _file(name, "config.json", revision)
+    if path is None:
+        adapter = _file(name, "adapter_config.json", revision)
+        adapts = adapter and json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return read_base(adapts, None) if adapts else None
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     raw = raw.get("text_config", raw)
     try:
@@ -194,6 +193,18 @@ def read_base(name: str, revision: str | None) -> Base | None:
         values = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
         return Base(**{key: values[key] for key in Base.__dataclass_fields__})
     except KeyError:
+        return None
+
+
+def _file(name: str, file: str, revision: str | None) -> Path | None:
+    path = Path(name) / file
+    if path.exists():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError):  # no such repository or file, no network, no valid name
         return None
 
 

@@ -18,7 +18,11 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 Quantization = Literal["none", "4bit"]
 
-INDEX, WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
+INDEX, WEIGHTS, ADAPTER_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+)
 # Tied embeddings are stored once, under the name of the input side.
 OUTPUT_LAYERS = ("lm_head.weight", "embed_tokens.weight")
 
@@ -74,7 +78,9 @@ def under_adapter(base: str, revision: str | None = None) -> tuple[str, str | No
         )
     # A relative folder is one of the place where the adapter was trained, or lies near it.
     beside = Path(base) / name
-    return str(beside.resolve()) if not Path(name).exists() and beside.exists() else name, adapter.get("revision")
+    if beside.exists() and not Path(name).exists():
+        name = str(beside.resolve())
+    return name, adapter.get("revision")
 
 
 def text_config(base: str, revision: str | None = None) -> Any:
@@ -90,7 +96,9 @@ def files_of(base: str, revision: str | None = None) -> list[Path]:
     if name != base:
         configs.append(find_adapter_config_file(base, revision=revision))
     folders = [Path(config).parent for config in configs if config is not None]
-    weights = [file for folder in folders for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
+    weights = [
+        file for folder in folders for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)
+    ]
     return [*map(Path, filter(None, configs)), *sorted(weights)]
 
 

@@ -119,7 +119,9 @@ class PackedBase:
         taken: list[Tensor] = []
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            taken.append(args[0].flatten(0, 1)[torch.tensor(place_N, dtype=torch.long, device=args[0].device)])
+            taken.append(
+                args[0].flatten(0, 1)[torch.tensor(place_N, dtype=torch.long, device=args[0].device)]
+            )
             return (args[0][:1, :1],)  # logits are not asked for
 
         with _before_output(self.model, take):
@@ -144,9 +146,10 @@ class PackedBase:
 
 @torch.no_grad()
 def teacher(model: PreTrainedModel, hidden_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The base's k likeliest tokens after each state, best first: ids [N, K] in int32 and log-probabilities in float32.
+    """The base's k likeliest tokens after each state, best first: ids [N, K], int32, and log-probabilities, float32.
 
-    model: of a PackedBase or of an engine. Both tensors are on the CPU. Raises ValueError when the base has fewer tokens.
+    model: of a PackedBase or of an engine. Both tensors are on the CPU. Raises ValueError when the base has fewer
+    tokens.
     """
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if k > vocab_size:
@@ -160,7 +163,10 @@ def teacher(model: PreTrainedModel, hidden_NC: Tensor, k: int) -> tuple[Tensor, 
 
 
 def logits_of(model: PreTrainedModel, hidden_NC: Tensor) -> Tensor:
-    """Logits [N, V] of states, by the model's own forward: of one token, whose state they replace at the output layer."""
+    """Logits [N, V] of states, by the model's own forward of one token, whose state they replace at the output layer.
+
+    What the body costs for one token is little beside the logits of many states.
+    """
     own = model.config._attn_implementation
     token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     states_1NC = hidden_NC[None].to(model.device, model.dtype)
