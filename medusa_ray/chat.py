@@ -4,11 +4,14 @@ Training and serving drift apart silently when two places render: a second BOS o
 still trains, and only acceptance drops.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from medusa_ray.medusa.base import text_config, under_adapter
 
 Message = dict[str, str]
 
@@ -23,13 +26,32 @@ class Chat:
 
     @classmethod
     def load(cls, base: str, revision: str | None = None) -> "Chat":
-        """From a folder or hub name. Raises OSError when there is no tokenizer."""
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        """From a folder or hub name; an adapter's own tokenizer, or that of the base that it names.
+
+        Raises OSError when there is no tokenizer, ValueError when it cannot be loaded.
+        """
+        name, base_revision = under_adapter(base, revision)
         try:
-            eos = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
+            tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        except (OSError, ValueError):
+            if name == base:
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=base_revision)
+        try:
+            eos = GenerationConfig.from_pretrained(name, revision=base_revision or "main").eos_token_id
         except OSError:
             eos = None
         return cls(tokenizer, [eos] if isinstance(eos, int) else eos or [])
+
+    def check_vocabulary(self, base: str, revision: str | None = None) -> None:
+        """Raises ValueError when the tokenizer has tokens that the base has no embedding for."""
+        num_tokens = max(self.tokenizer.get_vocab().values()) + 1
+        vocab_size = text_config(base, revision).vocab_size
+        if num_tokens > vocab_size:
+            raise ValueError(
+                f"the tokenizer of {base} has {num_tokens} tokens, but the model has embeddings for {vocab_size}. They "
+                "do not belong together: set model.base to a model with the tokenizer that it was trained with."
+            )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the messages with the generation prompt, ready for the model to answer.
@@ -47,20 +69,40 @@ class Chat:
         prompt_ids: what the messages render to, where the caller knows it; half the work is saved.
 
         Whatever the template puts after that token (a newline, say) is left off: no model generates it.
-        Raises ValueError when the template renders the history differently once it is answered.
+        Raises ValueError when the template renders the history differently once it is answered and does not mark what
+        the assistant says.
         """
         prompt = self.prompt_ids(messages) if prompt_ids is None else list(prompt_ids)
-        turn = {"role": "assistant", "content": reply}
-        whole = self._render([*messages, turn], add_generation_prompt=False)
-        if whole[: len(prompt)] != prompt:
+        answered = [*messages, {"role": "assistant", "content": reply}]
+        whole = self._render(answered, add_generation_prompt=False)
+        start = len(prompt) if whole[: len(prompt)] == prompt else self._last_marked(answered)
+        if start is None:
             raise ValueError(
-                "the chat template renders these messages differently with and without an answer, so the "
-                "answer's tokens cannot be told apart. Use distill.replies: generate, which keeps token ids "
-                "as generated."
+                f"the chat template {self.template_start!r} renders these messages differently with and without an "
+                "answer and has no {% generation %} marks, so the answer's tokens cannot be told apart. Use "
+                "distill.replies: generate, which keeps token ids as generated."
             )
-        ids = whole[len(prompt) :]
+        ids = whole[start:]
         ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
         return ids[: ends[-1] + 1] if ends else ids
+
+    def _last_marked(self, messages: Sequence[Message]) -> int | None:
+        """Where the tokens of the last turn begin by the template's own marks; None when it has none."""
+        if not re.search(r"{%-?\s*generation\s*-?%}", str(self.tokenizer.chat_template)):
+            return None
+        rendered: Any = self.tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = rendered["assistant_masks"]
+        start = max((i for i, is_marked in enumerate(mask) if is_marked), default=None)
+        while start and mask[start - 1]:
+            start -= 1
+        return start
+
+    @property
+    def template_start(self) -> str:
+        """The template's first 60 characters, which tell it from others."""
+        return str(self.tokenizer.chat_template)[:60]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of bare text, with the special tokens that the tokenizer adds by itself."""

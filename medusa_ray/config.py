@@ -30,10 +30,16 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The base model, which is never changed."""
 
-    base: str = Field(description="Folder or hub name of a transformers causal language model.")
+    base: str = Field(
+        description="Folder or hub name of a transformers causal language model, or of a PEFT adapter, which is merged "
+        "into the model that it names (the extra `lora`)."
+    )
     revision: str | None = Field(None, description="Hub revision of the base; null is its default branch.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype of the base.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    quantization: Literal["none", "4bit"] = Field(
+        "none", description="4bit: weights in NF4 by bitsandbytes, on a GPU (the extra `quantized`)."
+    )
 
 
 class DataConfig(Strict):
@@ -46,8 +52,18 @@ class DataConfig(Strict):
     out_of_domain: str | None = Field(None, description="Chats unlike the training ones, for contrast only.")
     num_train: int | None = Field(None, gt=0, description="Rows kept of train; null keeps all.")
     num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
-    turns: Literal["last", "all"] = Field("last", description="Which assistant turns become prompts.")
-    max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are kept as rows with an error.")
+    loss_on: Literal["last", "assistant", "all"] = Field(
+        "last",
+        description="Whose tokens heads learn to guess. last: the last assistant turn's; assistant: every such turn's, "
+        "each answered for itself; all: prompt's and last turn's, which needs hidden.mode compute or stream.",
+    )
+    max_prompt_tokens: int = Field(2048, gt=0, description="Longer prompts are treated as over_long says.")
+    over_long: Literal["truncate", "skip", "error"] = Field(
+        "truncate",
+        description="truncate: a given reply over distill.max_new_tokens or the base's positions loses its end, and is "
+        "finished by `length`; a prompt cannot be cut without becoming another, so it is skipped. skip: either is kept "
+        "as a row with an error, counted in provenance. error: the run stops and names the first.",
+    )
 
 
 class DistillConfig(Strict):
@@ -69,11 +85,16 @@ class DistillConfig(Strict):
 class HiddenConfig(Strict):
     """Hidden states of the frozen base, where a label needs them."""
 
-    mode: Literal["capture", "compute"] = Field(
-        "capture", description="capture: while distilling; compute: in a pass of their own."
+    mode: Literal["capture", "compute", "stream"] = Field(
+        "capture",
+        description="capture: while distilling; compute: in a pass of their own; stream: while training, anew in each "
+        "epoch and never written, where a corpus is too large to keep.",
     )
-    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing.")
-    batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass when computing.")
+    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing or streaming.")
+    batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
+    top_k: int = Field(
+        0, ge=0, description="Likeliest tokens of the base kept with each label, for soft labels; 0 keeps none."
+    )
 
 
 class HeadsConfig(Strict):
@@ -110,15 +131,39 @@ class TrainConfig(Strict):
     warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    head_weight: float = Field(1.0, gt=0, le=1, description="Head k's loss counts head_weight ** k.")
+    head_weight: float = Field(
+        1.0, gt=0, le=1, description="Head k's loss counts head_weight ** k; the paper has 0.8, the blog post 1."
+    )
+    labels: Literal["hard", "soft"] = Field(
+        "hard",
+        description="hard: the tokens that came; soft: what the base said of each, its hidden.top_k likeliest tokens.",
+    )
+    held_out: float = Field(
+        0.02, ge=0, lt=1, description="Share of the chats that heads are judged by and not trained on; 512 rows at most."
+    )
+    eval_steps: int = Field(200, gt=0, description="Optimizer steps between two judgements; the last step has one.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="Which checkpoint becomes heads/: the last, or that with the lowest held-out loss."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the heads.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Dtype of the heads while training."
+    )
+    tf32: bool = Field(True, description="On a GPU, float32 matrix products in TF32.")
+    deepspeed: str | None = Field(
+        None,
+        description="A DeepSpeed file of your own, on top of what this section says; `auto` in it stands for that.",
     )
     seed: int = Field(0, ge=0, description="Order of the rows and initial weights.")
     logging_steps: int = Field(10, gt=0, description="Optimizer steps between logged lines.")
     save_steps: int = Field(
         500, gt=0, description="Optimizer steps between checkpoints; each epoch's end has one."
+    )
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"], description="What is told the figures besides training.jsonl; wandb and mlflow are packages."
+    )
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="First and last step of a profiler's trace, which becomes heads/trace.json."
     )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
 
@@ -160,6 +205,24 @@ class RunConfig(Strict):
             raise ValueError(
                 "hidden.mode is 'capture', but distill.replies is 'given': nothing is generated, so nothing "
                 "can be captured. Set hidden.mode to 'compute'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _states_of_prompts_need_a_pass_of_the_base(self) -> "RunConfig":
+        if self.data.loss_on == "all" and self.hidden.mode == "capture":
+            raise ValueError(
+                "data.loss_on is 'all', but hidden.mode is 'capture': distillation passes through the states of "
+                "replies, not of prompts. Set hidden.mode to 'compute' or 'stream'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _soft_labels_need_a_teacher(self) -> "RunConfig":
+        if self.train.labels == "soft" and not self.hidden.top_k:
+            raise ValueError(
+                "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. Set hidden.top_k, "
+                "to 16 for one."
             )
         return self
 
@@ -322,6 +385,12 @@ LEGACY_FLAGS = {
     "data_path": "data.train",
     "output_dir": "output",
     "bf16": "train.dtype",
+    "tf32": "train.tf32",
+    "deepspeed": "train.zero_stage, or a file in train.deepspeed",
+    "eval_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_steps",
+    "warmup_ratio": "train.warmup_steps",
+    "lazy_preprocess": "nothing: hidden states are computed once, before training",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "lr_scheduler_type": "train.lr_scheduler",

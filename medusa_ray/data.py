@@ -30,6 +30,7 @@ LOG = logging.getLogger("medusa_ray")
 
 CHATS_PER_PART = 1024
 PARTS_PER_PROCESS = 6  # rendering so many parts takes as long as starting a process with a tokenizer in it
+TOO_LONG = "too long"  # begins the error of such a row
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEST_SHARE = 0.1  # of train, when there is no test file
 EXPECTED = (
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> str:
     make_worker = functools.partial(Renderer, parts.absolute(folder), shards.base_of(config.model), config)
     try:
         results = shards.run("data", refs, make_worker, **shards.tasks(len(refs), PARTS_PER_PROCESS))
-        splits = _count(results, sources)
+        splits = _count(results, sources, config.data.over_long)
     except UserError:
         parts.clear(folder)
         raise
@@ -70,20 +71,31 @@ def run(config: RunConfig) -> str:
     return folder
 
 
-def _count(results: Iterator[dict[str, Any]], sources: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """Row counts by split. Raises UserError when a split has no good row."""
+def _count(
+    results: Iterator[dict[str, Any]], sources: dict[str, list[str]], over_long: str
+) -> dict[str, dict[str, Any]]:
+    """Row counts by split. Raises UserError when a split has no good row, or one too long that must not be."""
     splits: dict[str, dict[str, Any]] = {}
     firsts: dict[str, tuple[int, str]] = {}  # by split, its first bad chat
+    too_long: dict[str, tuple[int, str]] = {}  # and its first that is too long
     for result in results:
         empty = {"in": 0, "rows": 0, "good": 0, "errors": {}, "longest_prompt_tokens": 0}
         counts = splits.setdefault(result["split"], empty)
         for name in ("in", "rows", "good"):
             counts[name] += result[name]
         counts["errors"] = dict(Counter(counts["errors"]) + Counter(result["errors"]))
-        longest = max(counts["longest_prompt_tokens"], result["longest_prompt_tokens"])
-        counts["longest_prompt_tokens"] = longest
-        if first := result["first_error"]:
-            firsts[result["split"]] = min(tuple(first), firsts.get(result["split"], (2**63, "")))
+        most = max(counts["longest_prompt_tokens"], result["longest_prompt_tokens"])
+        counts["longest_prompt_tokens"] = most
+        for found, first in ((firsts, result["first_error"]), (too_long, result["first_too_long"])):
+            if first:
+                found[result["split"]] = min(tuple(first), found.get(result["split"], (2**63, "")))
+    if too_long and over_long == "error":
+        split = min(too_long)
+        number, error = too_long[split]
+        raise UserError(
+            f"{_named(sources.get(split) or sources['train'])} row {number} is {error}. Allow more, or set "
+            "data.over_long to truncate or skip, which leave such rows out."
+        )
     for split in {*sources, "test"}:
         if not splits[split]["good"]:
             number, error = firsts[split]
@@ -244,6 +256,21 @@ def _fault_of_messages(messages: Any) -> str | None:
         fault = _fault_of_text(message.get("content"), f"the content of message {i}")
         if fault and not (message["role"] == "system" and message.get("content") == ""):
             return fault
+    return _fault_of_order([message["role"] for message in messages])
+
+
+def _fault_of_order(roles: list[str]) -> str | None:
+    """Templates render turns in any order, most of them, but no model was trained on all of it."""
+    for i, role in enumerate(roles):
+        before = roles[i - 1] if i else "the start"
+        is_known = {
+            "system": before in ("the start", "system"),
+            "user": before != "user",
+            "assistant": before in ("user", "tool"),
+            "tool": before in ("assistant", "tool"),
+        }
+        if not is_known[role]:
+            return f"wrong order: message {i} is of role {role} after {before}"
     return None
 
 
@@ -324,6 +351,7 @@ class Renderer:
         self.folder, self.data = folder, config.data
         try:
             self.chat = Chat.load(base, config.model.revision)
+            self.chat.check_vocabulary(base, config.model.revision)
         except (OSError, ValueError) as error:
             message = (
                 f"the tokenizer of {base} cannot be loaded: {error}. Set model.base to a model with one."
@@ -349,6 +377,7 @@ class Renderer:
             "good": len(rows) - len(bad),
             "errors": Counter(error.split(":")[0] for _, error in bad),
             "first_error": bad[0] if bad else None,
+            "first_too_long": next((row for row in bad if row[1].startswith(TOO_LONG)), None),
             "longest_prompt_tokens": max((len(row["prompt_ids"]) for row in rows), default=0),
         }
 
@@ -367,7 +396,8 @@ def prompt_rows(
         error = None if turns else "no turn: there is no message of a user's to answer"
     if error is not None:
         return [_row(f"{chat_id}/0", None, error=error)]
-    numbered = list(enumerate(turns))[-1 if data.turns == "last" else 0 :]
+    # Where all tokens are labels, the last turn holds the others.
+    numbered = list(enumerate(turns))[0 if data.loss_on == "assistant" else -1 :]
     return [
         _render(chat, f"{chat_id}/{turn}", messages, content, reference, data.max_prompt_tokens)
         for turn, (messages, reference) in numbered
@@ -376,14 +406,10 @@ def prompt_rows(
 
 def _turns(messages: Messages) -> list[tuple[Messages | None, str | None]]:
     """What comes before each assistant turn, with that turn; what is left unanswered at the end has none."""
-    turns: list[tuple[Messages | None, str | None]] = []
-    is_asked = False
-    for i, message in enumerate(messages):
-        # A greeting before anything was asked is no answer.
-        if message["role"] == "assistant" and is_asked:
-            turns.append((messages[:i], message["content"]))
-        is_asked = is_asked or message["role"] == "user"
-    if is_asked and messages[-1]["role"] != "assistant":
+    turns: list[tuple[Messages | None, str | None]] = [
+        (messages[:i], message["content"]) for i, message in enumerate(messages) if message["role"] == "assistant"
+    ]
+    if messages[-1]["role"] in ("user", "tool"):
         turns.append((messages, None))
     return turns
 
@@ -403,7 +429,7 @@ def _render(
     if not prompt_ids:
         return _row(row_id, messages, reference, error="empty: the tokenizer makes no tokens of the prompt")
     if len(prompt_ids) > max_prompt_tokens:
-        fault = f"too long: {len(prompt_ids)} tokens, over data.max_prompt_tokens = {max_prompt_tokens}"
+        fault = f"{TOO_LONG}: {len(prompt_ids)} tokens, over data.max_prompt_tokens = {max_prompt_tokens}"
         return _row(row_id, messages, reference, error=fault)
     reference_ids = None
     if messages is not None and reference is not None:

@@ -16,10 +16,12 @@ from typing import Any
 import pyarrow as pa
 
 from medusa_ray import parts, provenance, records, shards
-from medusa_ray.config import ModelConfig, RunConfig, UserError
+from medusa_ray.config import RunConfig, UserError
 
 BATCHES_PER_SHARD = 4  # so that the continuous batch is full most of the time
 PARTS_PER_PROCESS = 64  # of replies that only have to be copied
+
+TEMPLATE = "template hides the reply"  # the error of a row
 
 Row = dict[str, Any]
 LoadEngine = Callable[..., Any]
@@ -45,7 +47,9 @@ def run(config: RunConfig, load_engine: LoadEngine | None = None) -> str:
     done = parts.begin(distilled, key)
     captured = hidden if config.hidden.mode == "capture" and config.distill.replies == "generate" else None
     if captured:
-        done &= parts.begin(captured, key)
+        from medusa_ray.states import settings_of  # here and not above: it loads torch
+
+        done &= parts.begin(captured, provenance.key(settings_of(config), {"distilled": key}))
     refs = [
         shards.put(shard)
         for shard in plan(f"{prompts}/train", BATCHES_PER_SHARD * config.distill.batch_size)
@@ -53,9 +57,7 @@ def run(config: RunConfig, load_engine: LoadEngine | None = None) -> str:
     ]
     base = shards.base_of(config.model)
     if config.distill.replies == "given":
-        make_worker: Callable[[], shards.Worker] = functools.partial(
-            Copier, base, config.model, prompts, distilled
-        )
+        make_worker: Callable[[], shards.Worker] = functools.partial(Copier, config, base, prompts, distilled)
         resources = shards.tasks(len(refs), PARTS_PER_PROCESS)
     else:
         device = shards.device_of(config.model)
@@ -66,15 +68,19 @@ def run(config: RunConfig, load_engine: LoadEngine | None = None) -> str:
         resources = shards.actors(config.distill.num_actors, len(refs), device)
     for _ in shards.run("distill", refs, make_worker, **resources):
         pass
-    provenance.write(distilled, settings, inputs, **_facts(distilled))
+    facts = _facts(distilled)
+    if not facts["rows"]["good"]:
+        raise UserError(_why_none(config, base, facts["rows"]))
+    provenance.write(distilled, settings, inputs, **facts)
     return config.artifact("distilled")
 
 
 def identity(config: RunConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings and inputs that the rows depend on."""
     settings = {
-        "model": config.model.model_dump(include={"revision", "dtype"}),
+        "model": config.model.model_dump(include={"revision", "dtype", "quantization"}),
         "distill": config.distill.model_dump(exclude={"num_actors"}),
+        "over_long": config.data.over_long,
     }
     prompts, base = config.artifact("prompts"), config.model.base
     return settings, {"prompts": provenance.digest(prompts), "base": provenance.digest(base)}
@@ -110,8 +116,24 @@ def _facts(distilled: str) -> dict[str, Any]:
     return {"rows": counts, "finish_reasons": dict(reasons), "num_reply_tokens": num_reply_tokens}
 
 
+def _why_none(config: RunConfig, base: str, counts: dict[str, Any]) -> str:
+    """No row is good, so that no token is a label."""
+    why = f"none of {counts['in']} training rows leaves a label: {counts['errors']}. "
+    if TEMPLATE in counts["errors"]:
+        from medusa_ray.chat import Chat
+
+        start = Chat.load(base, config.model.revision).template_start
+        return (
+            f"{why}The chat template of {config.model.base}, {start!r}..., renders a chat differently once it is "
+            "answered, and has no {% generation %} marks. Set distill.replies to generate, or mark what the assistant "
+            "says in the template."
+        )
+    return f"{why}The error of each row is in {config.artifact('distilled')}."
+
+
 def _prompts_of(folder: str, shard: shards.Shard) -> list[Row]:
-    table = parts.read(f"{folder}/train", shard["source"], ["id", "prompt_ids", "reference_ids", "error"])
+    columns = ["id", "prompt_ids", "reference", "reference_ids", "error"]
+    table = parts.read(f"{folder}/train", shard["source"], columns)
     return table.slice(shard["start"], shard["length"]).to_pylist()
 
 
@@ -152,8 +174,8 @@ class Generator:
         load_engine = load_engine or Engine.load
         if device == "cpu":
             torch.set_num_threads(1)  # an actor has one CPU
-        self.torch, self.make_request = torch, Request
-        self.settings, self.dtype = config.distill, config.model.dtype
+        self.make_request, self.settings = Request, config.distill
+        self.dtype, self.loss_on, self.top_k = config.model.dtype, config.data.loss_on, config.hidden.top_k
         self.prompts, self.distilled, self.hidden = prompts, distilled, hidden
         try:
             self.engine = load_engine(
@@ -163,6 +185,7 @@ class Generator:
                 max_batch_size=self.settings.batch_size,
                 max_total_tokens=longest_prompt_tokens + self.settings.max_new_tokens,
                 revision=config.model.revision,
+                quantization=config.model.quantization,
             )
         except (OSError, ValueError) as error:
             message = f"the base {base} cannot be loaded: {error}. Set model.base to a model that can."
@@ -171,20 +194,35 @@ class Generator:
     def __call__(self, shard: shards.Shard) -> dict[str, Any]:
         prompts = _prompts_of(self.prompts, shard)
         completions = iter(self._generate([prompt for prompt in prompts if prompt["error"] is None]))
-        rows, hidden_rows = [], []
+        rows: list[Row] = []
+        captured = []
         for prompt in prompts:
             completion = prompt["error"] or next(completions)
             if isinstance(completion, str):
                 rows.append(_reply(prompt, error=completion))
                 continue
             rows.append(_reply(prompt, completion.token_ids, completion.finish_reason))
-            if self.hidden and len(completion.token_ids) > 1:
-                hidden_rows.append(self._hidden_row(rows[-1], completion.hidden_TC))
+            captured.append((rows[-1], completion.hidden_TC))
         if self.hidden:
-            table = records.hidden_table(hidden_rows, self.dtype, self.engine.hidden_size)
-            parts.write(self.hidden, shard["part"], table)
+            parts.write(self.hidden, shard["part"], self._hidden_table(captured))
         parts.write(self.distilled, shard["part"], pa.Table.from_pylist(rows, records.DISTILLED))
         return {"part": shard["part"]}
+
+    def _hidden_table(self, captured: list[tuple[Row, Any]]) -> pa.Table:
+        """captured: each good row, and the state that produced each token of its reply."""
+        from medusa_ray.medusa.states import teacher
+        from medusa_ray.states import leaves_labels, table_of
+
+        kept = [(row, hidden_TC) for row, hidden_TC in captured if leaves_labels(row, self.loss_on)]
+        return table_of(
+            [row for row, _ in kept],
+            [hidden_TC for _, hidden_TC in kept],
+            self.dtype,
+            self.engine.hidden_size,
+            self.loss_on,
+            self.top_k,
+            lambda hidden_NC, k: teacher(self.engine.model, hidden_NC, k),
+        )
 
     def _generate(self, prompts: list[Row]) -> list[Any]:
         """A completion for each prompt, or the reason why there is none."""
@@ -209,21 +247,17 @@ class Generator:
             return f"refused by the engine: {error}"
         return None
 
-    def _hidden_row(self, row: Row, hidden_TC: Any) -> Row:
-        # The state that produced the last token has nothing left to guess.
-        raw = hidden_TC[:-1].cpu().contiguous().view(self.torch.uint8).numpy().tobytes()
-        return records.hidden_row(row["id"], row["prompt_ids"], row["reply_ids"], raw)
-
 
 class Copier:
     """A shard of prompts -> the chats' own replies, for distill.replies: given."""
 
-    def __init__(self, base: str, model: ModelConfig, prompts: str, distilled: str) -> None:
-        from transformers import AutoConfig
+    def __init__(self, config: RunConfig, base: str, prompts: str, distilled: str) -> None:
+        from medusa_ray.medusa.base import text_config
 
         self.prompts, self.distilled = prompts, distilled
-        config = AutoConfig.from_pretrained(base, revision=model.revision).get_text_config()
-        self.max_positions = getattr(config, "max_position_embeddings", None) or 2**31
+        self.over_long, self.most = config.data.over_long, config.distill.max_new_tokens
+        base_config = text_config(base, config.model.revision)
+        self.max_positions = getattr(base_config, "max_position_embeddings", None) or 2**31
 
     def __call__(self, shard: shards.Shard) -> dict[str, Any]:
         rows = [self._copy(prompt) for prompt in _prompts_of(self.prompts, shard)]
@@ -234,9 +268,21 @@ class Copier:
         reply_ids = prompt["reference_ids"]
         if prompt["error"] is not None:
             return _reply(prompt, error=prompt["error"])
+        if not reply_ids and prompt["reference"] is not None:
+            return _reply(prompt, error=f"{TEMPLATE}: it renders a chat differently once it is answered")
         if not reply_ids:
-            return _reply(prompt, error="no reply: the chat has no answer whose tokens can be told apart")
-        if len(prompt["prompt_ids"]) + len(reply_ids) > self.max_positions:
-            total = len(prompt["prompt_ids"]) + len(reply_ids)
-            return _reply(prompt, error=f"too long: {total} tokens, over the base's {self.max_positions}")
-        return _reply(prompt, reply_ids, "stop")
+            return _reply(prompt, error="no reply: the chat has no answer")
+        room = min(self.most, self.max_positions - len(prompt["prompt_ids"]))
+        if len(reply_ids) <= room:
+            return _reply(prompt, reply_ids, "stop")
+        fault = (
+            f"too long: a prompt of {len(prompt['prompt_ids'])} tokens and a reply of {len(reply_ids)}, over "
+            f"distill.max_new_tokens = {self.most} or the base's {self.max_positions} positions"
+        )
+        if self.over_long == "error":
+            raise UserError(
+                f"the chat {prompt['id']} is {fault}. Set data.over_long to truncate or skip, or allow more."
+            )
+        if self.over_long == "truncate" and room > 0:
+            return _reply(prompt, reply_ids[:room], "length")
+        return _reply(prompt, error=fault)

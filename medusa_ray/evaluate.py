@@ -72,7 +72,9 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
             "scored on others, so at least 2 are needed. Give data.test more chats."
         )
     dtype = getattr(torch, config.model.dtype)
-    backbone = Backbone.load(config.model.base, dtype, device, config.model.revision)
+    backbone = Backbone.load(
+        config.model.base, dtype, device, config.model.revision, config.model.quantization
+    )
     heads = MedusaHeads.load(config.artifact("heads"), dtype=dtype, device=device)
     if heads.shares_output:
         heads.init_from(backbone.output_weight_VC)

@@ -40,9 +40,12 @@ DISTILLED = pa.schema(
     ]
 )
 
-# hidden/*.parquet: one row per good distilled row. Schema metadata: dtype (float32 | bfloat16), hidden_size.
-# The sequence is prompt_ids + reply_ids, T tokens of which P are prompt. A head at position t guesses tokens
-# t + 2 and later, and is only ever asked at t >= P - 1, so positions are P - 1 ... T - 3.
+# hidden/*.parquet: one row per good distilled row that leaves a head a label, in their order; no parts at all where
+# training streams them. Schema metadata: dtype (float32 | bfloat16), hidden_size, top_k. The sequence is prompt_ids +
+# reply_ids, T tokens of which P are prompt. A head at position t guesses tokens t + 2 and later, and is only ever asked
+# at t >= P - 1, so positions are P - 1 ... T - 3; where all tokens are labels (data.loss_on: all), 0 ... T - 3.
+# teacher_*: what the base itself finds likely for each token that may be a label, in their order, row-major
+# [labels, top_k]; what it says for token t is in state t - 1. Empty where top_k is 0.
 HIDDEN = pa.schema(
     [
         ("id", pa.string()),
@@ -50,6 +53,8 @@ HIDDEN = pa.schema(
         ("position", TOKENS),
         ("hidden", pa.large_binary()),  # row-major [len(position), hidden_size] in the base's dtype
         ("label_mask", pa.list_(pa.bool_())),  # per token of input_ids: may it be a label?
+        ("teacher_ids", TOKENS),  # likeliest first
+        ("teacher_logprobs", pa.list_(pa.float32())),
     ]
 )
 
@@ -96,24 +101,45 @@ REQUESTS = pa.schema(
 #    "serve_paths": {PATH: {FIGURE: x}}}
 
 
-def hidden_row(row_id: str, prompt_ids: list[int], reply_ids: list[int], hidden: bytes) -> dict[str, Any]:
-    """A row of HIDDEN. `hidden` holds the states at positions P - 1 ... T - 3, one fewer than reply tokens.
+def first_position(num_prompt: int, loss_on: str) -> int:
+    """Where a head is asked for the first time; one place before the first token that may be a label."""
+    return 0 if loss_on == "all" else num_prompt - 1
 
-    The state that produced the last token has nothing left to guess.
+
+def num_positions(num_prompt: int, num_reply: int, loss_on: str) -> int:
+    """Positions of a row of HIDDEN; a row without any is left out.
+
+    One fewer than tokens that may be labels: the state that produced the last token has nothing left to guess.
     """
-    first = len(prompt_ids) - 1
+    return max(0, num_prompt + num_reply - 2 - first_position(num_prompt, loss_on))
+
+
+def hidden_row(
+    row_id: str,
+    prompt_ids: list[int],
+    reply_ids: list[int],
+    hidden: bytes,
+    loss_on: str,
+    teacher_ids: list[int] | None = None,
+    teacher_logprobs: list[float] | None = None,
+) -> dict[str, Any]:
+    """A row of HIDDEN. `hidden` holds the states at its positions, teacher_* are flat already."""
+    first, num_tokens = first_position(len(prompt_ids), loss_on), len(prompt_ids) + len(reply_ids)
     return {
         "id": row_id,
         "input_ids": prompt_ids + reply_ids,
-        "position": list(range(first, first + len(reply_ids) - 1)),
+        "position": list(range(first, num_tokens - 2)),
         "hidden": hidden,
-        "label_mask": [False] * len(prompt_ids) + [True] * len(reply_ids),
+        "label_mask": [False] * (first + 1) + [True] * (num_tokens - first - 1),
+        "teacher_ids": teacher_ids or [],
+        "teacher_logprobs": teacher_logprobs or [],
     }
 
 
-def hidden_table(rows: list[dict[str, Any]], dtype: str, hidden_size: int) -> pa.Table:
+def hidden_table(rows: list[dict[str, Any]], dtype: str, hidden_size: int, top_k: int = 0) -> pa.Table:
     """Rows of `hidden_row` as a table of HIDDEN, with its schema metadata."""
-    return pa.Table.from_pylist(rows, HIDDEN.with_metadata({"dtype": dtype, "hidden_size": str(hidden_size)}))
+    metadata = {"dtype": dtype, "hidden_size": str(hidden_size), "top_k": str(top_k)}
+    return pa.Table.from_pylist(rows, HIDDEN.with_metadata(metadata))
 
 
 def check_columns(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

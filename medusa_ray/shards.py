@@ -103,22 +103,61 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
         yield json.loads(row["result"])
 
 
+def tables(
+    refs: list[Ref], num_rows: list[int], make_worker: Callable[[], Callable[[Shard], pa.Table]], **resources: Any
+) -> Iterator[pa.Table]:
+    """What the workers made of the shards, in the order of the shards, made as it is asked for.
+
+    num_rows: of each table, at least 1. make_worker, resources: as in `run`.
+    """
+    if not refs:
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = ray.data.from_arrow_refs(refs)
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_options.preserve_order = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # as in `run`
+        made = dataset.map_batches(
+            _Process, fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex, "work": _make_table},
+            batch_size=None, batch_format="pyarrow", **resources,
+        )  # fmt: skip
+    # Ray Data cuts large tables to blocks of its own.
+    blocks, left = made.iter_batches(batch_size=None, batch_format="pyarrow"), []
+    for wanted in num_rows:
+        while sum(map(len, left)) < wanted:
+            left.append(next(blocks))
+        whole = pa.concat_tables(left)
+        yield whole.slice(0, wanted)
+        left = [whole.slice(wanted)]
+
+
 class _Process:
     """An actor of the pool."""
 
-    def __call__(self, batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
-        return _work(batch, make_worker, run_id)
+    def __call__(self, batch: pa.Table, make_worker: Any, run_id: str, work: Any = None) -> pa.Table:
+        return (work or _work)(batch, make_worker, run_id)
 
 
-_worker: dict[str, Worker] = {}  # by run, since Ray keeps processes for later pipelines
+def _make_table(batch: pa.Table, make_worker: Any, run_id: str) -> pa.Table:
+    (shard,) = batch.to_pylist()
+    return _worker_of(make_worker, run_id)(shard)
+
+
+_worker: dict[str, Any] = {}  # by run, since Ray keeps processes for later pipelines
+
+
+def _worker_of(make_worker: Any, run_id: str) -> Any:
+    if run_id not in _worker:
+        _worker.clear()
+        _worker[run_id] = make_worker()
+    return _worker[run_id]
 
 
 def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
     try:
-        if run_id not in _worker:
-            _worker.clear()
-            _worker[run_id] = make_worker()
-        results = [json.dumps(_worker[run_id](shard)) for shard in batch.to_pylist()]
+        worker = _worker_of(make_worker, run_id)
+        results = [json.dumps(worker(shard)) for shard in batch.to_pylist()]
     except UserError as error:  # as a value: Ray Data's own exceptions do not carry it to the driver
         return pa.table({"result": pa.array([None], pa.string()), "mistake": [str(error)]})
     return pa.table({"result": results, "mistake": pa.array([None] * len(results), pa.string())})

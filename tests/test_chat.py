@@ -48,7 +48,8 @@ def test_what_the_template_writes_after_the_end_of_turn_is_no_part_of_a_reply(ti
 
 def test_a_template_that_rewrites_history_is_refused_for_given_replies(tiny_base: Path) -> None:
     chat = Chat.load(str(tiny_base))
-    chat.tokenizer.chat_template = "{{ messages | length }}" + chat.tokenizer.chat_template
+    unmarked = chat.tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    chat.tokenizer.chat_template = "{{ messages | length }}" + unmarked
     with pytest.raises(ValueError, match="differently with and without an answer"):
         chat.reply_ids(ASK, "yo")
 

@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+import pyarrow as pa
 import pytest
 
-from medusa_ray import cli
+from medusa_ray import cli, parts, provenance, records
 from medusa_ray.cli import progress
 from medusa_ray.cli.cluster import check_writable
-from medusa_ray.cli.estimate import Base, num_head_parameters
-from medusa_ray.config import HeadsConfig, UserError
+from medusa_ray.cli.estimate import Base, estimate, num_head_parameters
+from medusa_ray.config import HeadsConfig, RunConfig, UserError
 
 STAGES = ["data", "distill", "hidden", "train", "evaluate"]
 VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile"]
@@ -201,6 +202,7 @@ def test_plan_counts_and_writes_nothing(tmp_path: Path, medusa_ray: Command) -> 
     assert figures["parameters of the heads"] == f"{3 * (4096 * 4097 + 4096 * 128256) / 1e6:,.1f} M"
     assert figures["hidden/ on disk"] == f"at most {7 * 100 * 4096 * 4 / 2**20:,.1f} MiB"
     assert figures["optimizer steps"] == "at most 4"  # 700 positions in batches of 512, twice
+    assert figures["passes of the base"] == "none: states are captured while distilling"
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
 
 
@@ -220,6 +222,39 @@ def test_parameters_of_the_heads_are_those_that_they_have(
     base = Base(4096, 14336, 32, 32, 128256, 8, 128, False)
     heads = HeadsConfig(num_heads=2, layout=layout, rank=8, draft_vocab_size=draft_vocab_size)
     assert num_head_parameters(base, heads) == 2 * (4096 * 4097 + expected)
+
+
+def test_plan_counts_what_is_there_and_bounds_the_rest(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "intermediate_size": 64}))
+    write_lines = "".join('{"prompt": "a"}\n' for _ in range(9))
+    (tmp_path / "chats.jsonl").write_text(write_lines)
+
+    def figures(mode: str = "compute", loss_on: str = "last") -> dict[str, str]:
+        raw = {"output": str(tmp_path), "model": {"base": str(tmp_path), "dtype": "float32"}}
+        data = {"train": str(tmp_path / "chats.jsonl"), "max_prompt_tokens": 100, "loss_on": loss_on}
+        hidden = {"mode": mode, "top_k": 4}
+        distill = {"max_new_tokens": 50}
+        config = RunConfig.model_validate({**raw, "data": data, "hidden": hidden, "distill": distill})
+        return dict(estimate(config))
+
+    passes = "passes of the base"
+    assert figures()["positions of hidden states"] == f"at most {9 * 49}"
+    assert figures()[passes] == f"1, of at most {9 * 150:,} tokens"
+    rows: list[dict[str, Any]]
+    rows = [{"id": "a", "prompt_ids": [1] * 7}, {"id": "b", "error": "too long: very"}, {"id": "c", "prompt_ids": [1]}]
+    parts.write(f"{tmp_path}/prompts/train", "part-000000", pa.Table.from_pylist(rows, records.PROMPTS))
+    provenance.write(f"{tmp_path}/prompts", {}, {})
+    assert figures()["positions of hidden states"] == f"at most {2 * 49}"
+    assert figures()[passes] == f"1, of at most {7 + 1 + 100} tokens"
+    rows = [{"id": "a", "prompt_ids": [1] * 7, "reply_ids": [1] * 6}, {"id": "c", "prompt_ids": [1], "reply_ids": [1]}]
+    parts.write(f"{tmp_path}/distilled", "part-000000", pa.Table.from_pylist(rows, records.DISTILLED))
+    provenance.write(f"{tmp_path}/distilled", {}, {})
+    assert figures()["positions of hidden states"] == "5"
+    assert figures()["hidden/ on disk"] == f"{(5 * 64 * 4 + 6 * 4 * 8) / 2**20:,.1f} MiB"
+    assert figures(loss_on="all")["positions of hidden states"] == "11"
+    assert figures("stream")["hidden/ on disk"] == "nothing: hidden.mode is stream"
+    assert figures("stream")[passes] == "5, of 75 tokens in all"
 
 
 def test_plan_of_a_base_out_of_reach_says_so(tmp_path: Path, medusa_ray: Command) -> None:

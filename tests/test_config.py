@@ -203,6 +203,14 @@ def test_given_replies_cannot_be_captured(tmp_path: Path) -> None:
     assert config.load(RunConfig, write(tmp_path, RUN), ["distill.replies=given", "hidden.mode=compute"])
 
 
+def test_states_of_prompts_cannot_be_captured(tmp_path: Path) -> None:
+    """Where every token is a label; distillation passes through the states of replies alone."""
+    with pytest.raises(UserError, match=r"data\.loss_on is 'all', but hidden\.mode is 'capture'"):
+        config.load(RunConfig, write(tmp_path, RUN), ["data.loss_on=all"])
+    for mode in ("compute", "stream"):
+        assert config.load(RunConfig, write(tmp_path, RUN), ["data.loss_on=all", f"hidden.mode={mode}"])
+
+
 def test_two_applications_may_not_share_a_route(tmp_path: Path) -> None:
     text = (
         SERVE + "  - name: baseline\n    route_prefix: /medusa\n    args: {model_id: b, base: some/model}\n"

@@ -197,7 +197,6 @@ def test_limits_keep_the_first_rows_of_each_split(tmp_path: Path) -> None:
 
 TALK = [
     {"role": "system", "content": ""},
-    {"role": "assistant", "content": "welcome"},
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
     {"role": "user", "content": "c"},
@@ -215,18 +214,19 @@ def prompts(chat: Chat, value: Any, **options: Any) -> list[dict[str, Any]]:
     return data.prompt_rows(chat, "c", json.dumps(content), error, DataConfig(train="-", **options))
 
 
-def test_turns_all_makes_a_row_of_every_answer_and_of_an_open_question(chat: Chat) -> None:
-    rows = prompts(chat, [*TALK, {"role": "user", "content": "e"}], turns="all")
+def test_loss_on_assistant_makes_a_row_of_every_answer_and_of_an_open_question(chat: Chat) -> None:
+    rows = prompts(chat, [*TALK, {"role": "user", "content": "e"}], loss_on="assistant")
     assert [(row["id"], len(row["messages"]), row["reference"]) for row in rows] == [
-        ("c/0", 3, "b"), ("c/1", 5, "d"), ("c/2", 7, None),
+        ("c/0", 2, "b"), ("c/1", 4, "d"), ("c/2", 6, None),
     ]  # fmt: skip
-    assert rows[0]["prompt_ids"] == chat.prompt_ids(TALK[:3])
-    assert rows[1]["reference_ids"] == chat.reply_ids(TALK[:5], "d")
+    assert rows[0]["prompt_ids"] == chat.prompt_ids(TALK[:2])
+    assert rows[1]["reference_ids"] == chat.reply_ids(TALK[:4], "d")
     assert rows[2]["reference_ids"] is None
 
 
-def test_turns_last_takes_the_same_row_that_turns_all_ends_with(chat: Chat) -> None:
-    assert prompts(chat, TALK, turns="last") == prompts(chat, TALK, turns="all")[-1:]
+def test_loss_on_last_or_all_takes_the_same_row_that_loss_on_assistant_ends_with(chat: Chat) -> None:
+    last = prompts(chat, TALK, loss_on="assistant")[-1:]
+    assert prompts(chat, TALK, loss_on="last") == prompts(chat, TALK, loss_on="all") == last
 
 
 def test_bare_text_is_not_rendered_as_a_chat(chat: Chat) -> None:
@@ -247,7 +247,16 @@ FAULTS: dict[str, Any] = {
     "wrong type: the prompt is a int, expected text": {"prompt": 3},
     "empty: the content of message 0 has no text": [{"role": "user", "content": " "}],
     "not Unicode: the prompt has half of a surrogate pair": {"prompt": "\ud83d"},
-    "no turn: there is no message of a user's to answer": [{"role": "assistant", "content": "x"}],
+    "no turn: there is no message of a user's to answer": [{"role": "system", "content": "x"}],
+    "wrong order: message 0 is of role assistant after the start": [{"role": "assistant", "content": "x"}],
+    "wrong order: message 1 is of role user after user": [{"role": "user", "content": "x"}] * 2,
+    "wrong order: message 2 is of role assistant after assistant": chat_of("x") + chat_of("x")[1:],
+    "wrong order: message 1 is of role system after user": [
+        {"role": "user", "content": "x"}, {"role": "system", "content": "x"},
+    ],
+    "empty: the content of message 1 has no text": [
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": ""},
+    ],
     "not UTF-8": b"\xff\xfe",
     "too long: 1024 tokens, over data.max_prompt_tokens = 9": [{"role": "user", "content": "x" * 1020}],
 }

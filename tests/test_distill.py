@@ -16,6 +16,7 @@ from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
 from medusa_ray.medusa.engine import Engine, Request
 from medusa_ray.medusa.replies import Completion
+from medusa_ray.states import settings_of
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -148,7 +149,7 @@ def test_hidden_rows_are_the_states_that_some_label_needs(tmp_path: Path, tiny_b
     generator({"part": "part-000000", "source": "part-000000", "start": 0, "length": 2})
     table = parts.read(config.artifact("hidden"), "part-000000")
     assert table.schema.equals(records.HIDDEN)
-    assert table.schema.metadata == {b"dtype": b"float32", b"hidden_size": b"32"}
+    assert table.schema.metadata == {b"dtype": b"float32", b"hidden_size": b"32", b"top_k": b"0"}
     for row, reply in zip(table.to_pylist(), rows_of(config, "distilled"), strict=True):
         num_prompt, num_reply = len(reply["prompt_ids"]), len(reply["reply_ids"])
         assert row["input_ids"] == reply["prompt_ids"] + reply["reply_ids"]
@@ -183,17 +184,41 @@ def test_half_precision_states_keep_their_bytes(tmp_path: Path, tiny_base: Path)
 def test_given_replies_are_the_chats_own(tmp_path: Path, tiny_base: Path) -> None:
     prompts = make_prompts(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base, mode="compute", replies="given")
-    folders = [config.artifact(name) for name in ("prompts", "distilled")]
-    copier = distill.Copier(str(tiny_base), config.model, *folders)
-    for shard in distill.plan(f"{tmp_path}/prompts/train", 4):
-        copier(shard)
-    rows = rows_of(config, "distilled")
+    rows = copied(config)
     errors = {i: row["error"].split(":")[0] for i, row in enumerate(rows) if row["error"]}
-    assert errors == {3: "no reply", BAD: "too long", HUGE: "too long"}
-    for prompt, row in zip(prompts, rows, strict=True):
-        if row["error"] is None:
+    assert errors == {3: "no reply", BAD: "too long"}
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        if row["error"] is None and i != HUGE:
             assert row["reply_ids"] == prompt["reference_ids"]
             assert row["finish_reason"] == "stop"
+
+
+def copied(config: RunConfig) -> list[dict[str, Any]]:
+    folders = [config.artifact(name) for name in ("prompts", "distilled")]
+    copier = distill.Copier(config, config.model.base, *folders)
+    for shard in distill.plan(f"{config.output}/prompts/train", 4):
+        copier(shard)
+    return rows_of(config, "distilled")
+
+
+def test_an_over_long_reply_is_cut_or_left_out_or_stops_the_run(tmp_path: Path, tiny_base: Path) -> None:
+    """The base has 512 positions, of which the prompt takes 510."""
+    prompts = make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base, mode="compute", replies="given")
+    row = copied(config)[HUGE]
+    assert (row["reply_ids"], row["finish_reason"]) == (prompts[HUGE]["reference_ids"][:2], "length")
+
+    def with_over_long(what: str) -> RunConfig:
+        return config.model_copy(update={"data": config.data.model_copy(update={"over_long": what})})
+
+    row = copied(with_over_long("skip"))[HUGE]
+    reason = "too long: a prompt of 510 tokens and a reply of 11, over distill.max_new_tokens = 12 or the base's 512"
+    assert row["error"].startswith(reason)
+    assert row["reply_ids"] == []
+    with pytest.raises(UserError, match=r"chat11/0 is too long: .* Set data\.over_long to truncate or skip"):
+        copied(with_over_long("error"))
+    shorter = config.model_copy(update={"distill": config.distill.model_copy(update={"max_new_tokens": 4})})
+    assert {len(row["reply_ids"]) for row in copied(shorter) if row["error"] is None} == {2, 4}
 
 
 def test_only_what_shapes_the_rows_makes_another_run(tmp_path: Path, tiny_base: Path) -> None:
@@ -246,8 +271,9 @@ def test_a_killed_run_goes_on_and_a_killed_actor_is_replaced(
     config = config_of(tmp_path, tiny_base)
     # The state in which a killed run leaves things: two whole parts, one half, one begun.
     distilled, hidden = tmp_path / "distilled", tmp_path / "hidden"
-    for folder in (distilled, hidden):
-        parts.begin(str(folder), provenance.key(*distill.identity(config)))
+    key = provenance.key(*distill.identity(config))
+    parts.begin(str(distilled), key)
+    parts.begin(str(hidden), provenance.key(settings_of(config), {"distilled": key}))
     generator = worker(config)
     for shard in list(distill.plan(f"{tmp_path}/prompts/train", 4))[:3]:
         generator(shard)

@@ -26,11 +26,12 @@ FLOORS = {
     MODEL: {
         "chat",
         "openai_api",
+        "states",
         *(
             f"medusa.{name}"
-            for name in ["attention", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
+            for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
@@ -39,7 +40,7 @@ FLOORS = {
 LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
-    MODEL: {"tokenizers", "transformers"},
+    MODEL: {"peft", "tokenizers", "transformers"},
     STAGES: {"deepspeed", "fastapi", "prometheus_client", "ray", "starlette", "tensorboard"},
     DOOR: {"huggingface_hub", "rich", "typer"},
 }

@@ -36,14 +36,23 @@ def test_a_missing_column_is_named_with_the_stage_to_run_again() -> None:
 
 def test_a_hidden_row_asks_a_head_only_where_a_label_exists() -> None:
     """Three prompt tokens and four of a reply: a head at t guesses t + 2, which exists for t = 2, 3, 4."""
-    row = records.hidden_row("a", [5, 6, 7], [1, 2, 3, 4], b"")
+    row = records.hidden_row("a", [5, 6, 7], [1, 2, 3, 4], b"", "last")
     assert row["position"] == [2, 3, 4]
     assert row["input_ids"][row["position"][-1] + 2] == 4
     assert row["label_mask"] == [False] * 3 + [True] * 4
 
 
+def test_where_all_tokens_are_labels_the_first_still_is_none() -> None:
+    """No state says it."""
+    row = records.hidden_row("a", [5, 6, 7], [1, 2, 3, 4], b"", "all")
+    assert row["position"] == [0, 1, 2, 3, 4]
+    assert row["label_mask"] == [False] + [True] * 6
+    assert records.num_positions(3, 4, "all") == 5
+    assert records.num_positions(3, 1, "last") == 0
+
+
 def test_a_hidden_table_says_how_its_bytes_are_to_be_read() -> None:
-    row = records.hidden_row("a", [5], [1, 2], bytes(2 * 8))
-    table = records.hidden_table([row], "bfloat16", 8)
-    assert table.schema.metadata == {b"dtype": b"bfloat16", b"hidden_size": b"8"}
+    row = records.hidden_row("a", [5], [1, 2], bytes(2 * 8), "last")
+    table = records.hidden_table([row], "bfloat16", 8, 2)
+    assert table.schema.metadata == {b"dtype": b"bfloat16", b"hidden_size": b"8", b"top_k": b"2"}
     assert table.schema.remove_metadata().equals(records.HIDDEN)

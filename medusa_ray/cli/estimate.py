@@ -1,6 +1,7 @@
 """A run's config -> what it will take: parameters, memory, disk, rows, steps. Starts nothing, loads no torch.
 
-Bounds assume that every reply is as long as distill.max_new_tokens allows.
+Where prompts/ or distilled/ is finished its lengths are counted. Bounds assume for the rest that every prompt is as
+long as data.max_prompt_tokens and every reply as distill.max_new_tokens allows.
 """
 
 import json
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from medusa_ray import parts, provenance, records
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,24 +50,42 @@ class Base:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much there is to train on."""
+
+    num_rows: int  # that leave labels
+    num_tokens: int  # of all rows, prompts included
+    num_positions: int  # where a head is asked
+    is_counted: bool  # in distilled/, where nothing is left to guess
+
+    @property
+    def most(self) -> str:
+        return "" if self.is_counted else "at most "
+
+
 def estimate(run: RunConfig) -> list[tuple[str, str]]:
     """Names and values, in the order in which they are shown; what cannot be known says why."""
     train, base = run.train, read_base(run.model.base, run.model.revision)
     num_rows = min(filter(None, (count_rows(run.data.train), run.data.num_train)), default=None)
+    amount = count(run, num_rows)
     per_step = train.batch_size * train.gradient_accumulation_steps * train.num_workers
     rows = f"{num_rows:,}" if num_rows else f"unknown: {run.data.train} cannot be counted cheaply"
     lines = [("training rows", rows), ("positions in a training step", f"{per_step:,}")]
-    # A reply of R tokens trains the heads at R - 1 positions (records.HIDDEN).
-    num_positions = (num_rows or 0) * (run.distill.max_new_tokens - 1)
-    if num_positions:
-        lines.append(("optimizer steps", f"at most {train.epochs * math.ceil(num_positions / per_step):,}"))
+    if amount:
+        steps = train.epochs * math.ceil(amount.num_positions / per_step)
+        lines += [
+            ("positions of hidden states", f"{amount.most}{amount.num_positions:,}"),
+            ("optimizer steps", f"{amount.most}{steps:,}"),
+            ("passes of the base", passes(run, amount)),
+        ]
     if base is None:
         reason = f"unknown: no Llama-shaped config.json of {run.model.base} is on disk or on a hub in reach"
         return [*lines, ("parameters, memory and disk", reason)]
 
     base_bytes, heads = BYTES[run.model.dtype], num_head_parameters(base, run.heads)
     num_tokens = run.distill.batch_size * (run.data.max_prompt_tokens + run.distill.max_new_tokens)
-    weights = shown(base.num_parameters * base_bytes)
+    weights = shown(base.num_parameters * (0.5 if run.model.quantization == "4bit" else base_bytes))
     cache = shown(num_tokens * base.cache_per_token * base_bytes)
     lines += [
         ("parameters of the base", f"{base.num_parameters / 1e6:,.1f} M"),
@@ -73,9 +94,57 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
         ("memory of a train worker", shown(train_worker_bytes(base, run.heads, train))),
         ("heads/ on disk", shown(heads * BYTES[train.dtype])),
     ]
-    if num_positions:
-        lines.append(("hidden/ on disk", f"at most {shown(num_positions * base.hidden_size * base_bytes)}"))
+    if run.hidden.mode == "stream":
+        lines.append(("hidden/ on disk", "nothing: hidden.mode is stream"))
+    elif amount:
+        num_bytes = hidden_bytes(amount, base.hidden_size * base_bytes, run.hidden.top_k)
+        lines.append(("hidden/ on disk", f"{amount.most}{shown(num_bytes)}"))
     return lines
+
+
+def count(run: RunConfig, num_rows: int | None) -> Amount | None:
+    """From distilled/ when it is finished, else from prompts/, else from the number of chats; None without any."""
+    prompts, distilled = run.artifact("prompts"), run.artifact("distilled")
+    if is_counted := provenance.read(distilled) is not None:
+        lengths = _lengths(distilled, "reply_ids")
+    elif provenance.read(prompts) is not None:
+        lengths = _lengths(f"{prompts}/train", "reference_ids")
+    elif num_rows:
+        lengths = [(run.data.max_prompt_tokens, run.distill.max_new_tokens)] * num_rows
+    else:
+        return None
+    if not is_counted and run.distill.replies == "generate":
+        lengths = [(num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths]
+    positions = [records.num_positions(*pair, run.data.loss_on) for pair in lengths]
+    return Amount(sum(map(bool, positions)), sum(map(sum, lengths)), sum(positions), is_counted)
+
+
+def _lengths(folder: str, replies: str) -> list[tuple[int, int]]:
+    """Prompt and reply tokens of each good row; replies that are not there are of none."""
+    lengths: list[tuple[int, int]] = []
+    for name in parts.names(folder):
+        table = parts.read(folder, name, ["prompt_ids", replies, "error"])
+        columns = (
+            pc.fill_null(pc.list_value_length(table[column]), 0).to_pylist() for column in ("prompt_ids", replies)
+        )
+        rows = zip(*columns, table["error"].to_pylist(), strict=True)
+        lengths += [(num_prompt, num_reply) for num_prompt, num_reply, error in rows if error is None]
+    return lengths
+
+
+def passes(run: RunConfig, amount: Amount) -> str:
+    """What the hidden states cost; distillation itself, where there is any, comes on top."""
+    if run.hidden.mode == "capture":
+        return "none: states are captured while distilling"
+    times = run.train.epochs if run.hidden.mode == "stream" else 1
+    num_tokens = f"{amount.most}{times * amount.num_tokens:,} tokens"
+    return f"{times}, of {num_tokens} in all" if times > 1 else f"1, of {num_tokens}"
+
+
+def hidden_bytes(amount: Amount, bytes_per_state: int, top_k: int) -> int:
+    """States, and an id and a log-probability for each kept token of each label; token ids weigh next to nothing."""
+    num_labels = amount.num_positions + amount.num_rows
+    return amount.num_positions * bytes_per_state + num_labels * top_k * 8
 
 
 def num_head_parameters(base: Base, heads: HeadsConfig) -> int:
@@ -104,15 +173,14 @@ def shown(num_bytes: float) -> str:
 
 
 def read_base(name: str, revision: str | None) -> Base | None:
-    """From config.json in the base's folder or on the hub; None when out of reach or not Llama-shaped."""
-    path = Path(name) / "config.json"
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(name, "config.json", revision=revision))
-        except (OSError, ValueError):  # no such repository, no network, no valid name
-            return None
+    """From config.json in the base's folder or on the hub, of what an adapter adapts; None when out of reach or not
+    Llama-shaped.
+    """
+    path = _file(name, "config.json", revision)
+    if path is None:
+        adapter = _file(name, "adapter_config.json", revision)
+        adapts = adapter and json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return read_base(adapts, None) if adapts else None
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     raw = raw.get("text_config", raw)
     try:
@@ -125,6 +193,18 @@ def read_base(name: str, revision: str | None) -> Base | None:
         values = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
         return Base(**{key: values[key] for key in Base.__dataclass_fields__})
     except KeyError:
+        return None
+
+
+def _file(name: str, file: str, revision: str | None) -> Path | None:
+    path = Path(name) / file
+    if path.exists():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError):  # no such repository or file, no network, no valid name
         return None
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from medusa_ray.medusa import attention, conformance
 from medusa_ray.medusa.attention import Step
+from medusa_ray.medusa.base import Quantization, load
 
 
 class Backbone:
@@ -49,10 +50,19 @@ class Backbone:
             raise
 
     @classmethod
-    def load(cls, base: str, dtype: torch.dtype, device: str, revision: str | None = None) -> "Backbone":
-        """From a folder or hub name. Raises OSError when it is neither, ValueError when it cannot be served."""
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
-        return cls(model.to(device))
+    def load(
+        cls,
+        base: str,
+        dtype: torch.dtype,
+        device: str,
+        revision: str | None = None,
+        quantization: Quantization = "none",
+    ) -> "Backbone":
+        """From a folder or hub name, of an adapter too.
+
+        Raises OSError when it is neither, ValueError when it cannot be loaded or served.
+        """
+        return cls(load(base, dtype, device, revision, quantization))
 
     @property
     def device(self) -> torch.device:

@@ -35,10 +35,10 @@ import torch
 import transformers
 from torch import Tensor
 from torch.export import Dim
-from transformers.utils.hub import cached_file
 
 from medusa_ray.medusa import acceptance, attention, backbone, cache, treepass
 from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.base import files_of
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import Outcome, TreePass
@@ -126,12 +126,9 @@ _capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 def library_of(base: str, dtype: str, revision: str | None) -> Path:
     """Where the library of a base lies: its name tells apart all that the code in it depends on."""
-    config = cached_file(base, "config.json", revision=revision)
-    assert config is not None
     digest = hashlib.sha256()
-    weights = sorted([*Path(config).parent.glob("*.safetensors"), *Path(config).parent.glob("*.bin")])
     sources = [module.__file__ for module in (acceptance, attention, backbone, cache, treepass)]
-    for file in (config, *weights, *sources, __file__):
+    for file in (*files_of(base, revision), *sources, __file__):
         assert file is not None
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from medusa_ray.medusa import allocator, compiled, graphs
 from medusa_ray.medusa.acceptance import decide, unpack
 from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.base import Quantization
 from medusa_ray.medusa.cache import PagedCache, compact
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
@@ -119,10 +120,12 @@ class Engine:
         compile: Literal["no", "wait", "background"] = "no",
         shares_prefixes: bool = True,
         max_waiting: int | None = None,
+        quantization: Quantization = "none",
     ) -> "Engine":
         """The engine of a base and its heads.
 
-        base: folder, hub name or loaded model, which it takes over. heads: folder or module, None for the baseline.
+        base: folder, hub name or loaded model, which it takes over; an adapter is merged into its own base. heads:
+        folder or module, None for the baseline.
         tree: a Tree, rank paths, "chain", None for the heads' own tree.json (a chain when there is none), or "auto" for
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
@@ -141,7 +144,7 @@ class Engine:
                 )
             backbone = Backbone(base)
         else:
-            backbone = Backbone.load(str(base), torch_dtype, device, revision)
+            backbone = Backbone.load(str(base), torch_dtype, device, revision, quantization)
         folder = None if isinstance(heads, MedusaHeads) or heads is None else Path(heads)
         if folder is not None:
             heads = MedusaHeads.load(folder, dtype=torch_dtype, device=device)

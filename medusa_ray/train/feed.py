@@ -3,6 +3,7 @@
 # R rows   N positions
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from medusa_ray import parts
+from medusa_ray import parts, shards
+from medusa_ray.config import HiddenConfig, ModelConfig
+from medusa_ray.states import Body, leaves_labels
 from medusa_ray.train.order import Ints, Line, Piece, Plan, cut
 from medusa_ray.train.rows import Batch, Form, joined
 
@@ -30,6 +32,44 @@ def from_disk(hidden: str) -> Source:
             yield table if len(row_R) == len(table) else table.take(row_R)
 
     return read
+
+
+def from_base(
+    distilled: str,
+    base: str,
+    device: str,
+    model: ModelConfig,
+    hidden: HiddenConfig,
+    loss_on: str,
+    num_workers: int,
+) -> Source:
+    """The frozen base, on the fly: Ray Data deals the rows of distilled/ to its actors, a share of them to each worker.
+
+    base, device: model.base and model.device as actors find them.
+    """
+
+    def stream(wanted: list[Wanted]) -> Iterator[pa.Table]:
+        make_worker = functools.partial(Streamer, distilled, model, base, device, hidden, loss_on)
+        refs = [shards.put({"part": name, "rows": row_R.tolist()}) for name, row_R in wanted]
+        resources = shards.actors(max(1, hidden.num_actors // num_workers), len(refs), device)
+        yield from shards.tables(refs, [len(row_R) for _, row_R in wanted], make_worker, **resources)
+
+    return stream
+
+
+class Streamer:
+    """A part of distilled/, and numbers among those rows that leave labels -> their table of hidden/."""
+
+    def __init__(
+        self, distilled: str, model: ModelConfig, base: str, device: str, hidden: HiddenConfig, loss_on: str
+    ) -> None:
+        self.distilled, self.body = distilled, Body(model, base, device, hidden, loss_on)
+
+    def __call__(self, shard: shards.Shard) -> pa.Table:
+        table = parts.read(self.distilled, shard["part"])
+        rows = [row for row in table.to_pylist() if leaves_labels(row, self.body.loss_on)]
+        chosen = pa.Table.from_pylist([rows[number] for number in shard["rows"]], table.schema)
+        return self.body.hidden_table(chosen)
 
 
 class Feed:
@@ -58,21 +98,25 @@ class Feed:
             micro = [now[first : first + batch_size] for first in range(0, plan.per_step, batch_size)]
             yield [batch if len(batch) else self.form.nothing() for batch in micro]
 
+    def rows(self, wanted: list[Wanted]) -> Iterator[Batch]:
+        """All positions of rows, a batch for each part that they are of."""
+        return map(self.form.batch, self.source(wanted))
+
     def _batches(self, pieces: list[Piece]) -> Iterator[Batch]:
         """The positions of each piece."""
         wanted = [
             [(part, np.sort(piece.row_R[piece.part_R == part])) for part in np.unique(piece.part_R)]
             for piece in pieces
         ]
-        tables = self.source([(self.names[part], row_R) for group in wanted for part, row_R in group])
+        found = self.rows([(self.names[part], row_R) for group in wanted for part, row_R in group])
         for piece, group in zip(pieces, wanted, strict=True):
-            whole = joined([self.form.batch(next(tables)) for _ in group])
+            whole = joined([next(found) for _ in group])
             # Where each row begins in what was read: by part, and by place in it.
             read_R = np.lexsort((piece.row_R, piece.part_R))
             start_R = np.empty_like(read_R)
             start_R[read_R] = starts(piece.count_R[read_R])
             place_N = np.repeat(start_R - starts(piece.count_R), piece.count_R) + np.arange(len(whole))
-            yield whole[torch.from_numpy(place_N[piece.low : piece.high])]
+            yield whole[place_N[piece.low : piece.high]]
 
 
 def starts(count_R: Ints) -> Ints:

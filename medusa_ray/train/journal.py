@@ -109,10 +109,10 @@ def read_curve(curve: str) -> list[dict[str, Any]]:
         return []
 
 
-def line(record: dict[str, Any], num_steps: int) -> str:
+def line(record: dict[str, Any]) -> str:
     """A record as the console shows it."""
     top1 = ",".join(f"{value:.3f}" for value in record["top1"])
-    text = f"stage=train step={record['step']} of={num_steps} loss={record['loss']:.3f} top1={top1}"
+    text = f"stage=train step={record['step']} of={record['of']} loss={record['loss']:.3f} top1={top1}"
     if "positions_per_s" in record:
         text += f" positions_per_s={record['positions_per_s']:.0f} memory_gib={record['memory_gib']:.2f}"
     if "share_of_peak" in record:

@@ -33,6 +33,10 @@ class Batch:
         teacher = self.teacher and Teacher(*(tensor[where] for tensor in self.teacher))
         return Batch(self.hidden_NC[where], self.labels_NH[where], teacher, self.id_N[where])
 
+    def to(self, device: torch.device) -> "Batch":
+        teacher = self.teacher and Teacher(*(tensor.to(device) for tensor in self.teacher))
+        return Batch(self.hidden_NC.to(device), self.labels_NH.to(device), teacher, self.id_N)
+
 
 class Places(NamedTuple):
     """The positions of a table at which some head has a label."""

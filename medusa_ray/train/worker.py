@@ -1,0 +1,322 @@
+"""One rank's part of a training: fed with batches, it takes DeepSpeed's steps, keeps checkpoints and the journal.
+
+# N positions   H heads   C hidden   M draft vocabulary   T positions of a row
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, TrainConfig
+from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.medusa.loss import IGNORED, num_losses
+from medusa_ray.medusa.ranks import tokens_per_step
+from medusa_ray.medusa.tree import Tree
+from medusa_ray.train import checkpoints
+from medusa_ray.train.engine import HeadTrainer, full_state, gathered, load_full_state, start
+from medusa_ray.train.feed import Feed, Source, Wanted, from_base, from_disk
+from medusa_ray.train.journal import Journal
+from medusa_ray.train.order import Plan
+from medusa_ray.train.rows import Batch, Form
+from medusa_ray.train.watch import Meter, StopFile, Trace, flops_per_position, judge
+
+STOP = "stop"  # a file in training/: save and leave
+STOPPED = "stopped"  # what a worker returns then
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    hidden: str  # hidden/, or distilled/ where the states are streamed
+    training: str
+    output: str  # heads/
+    base: str
+    device: str
+    output_layer: ray.ObjectRef  # the base's, [V, C]
+    form: Form
+    names: list[str]  # of the parts
+    counts: ray.ObjectRef  # list[Ints]: of each part, the positions of each row that are trained on
+    held_out: list[Wanted]  # rows that are not
+    num_positions: int
+    token_map_M: Tensor | None  # the tokens that heads guess; None for the whole vocabulary
+    tree_nodes: int  # of the tree that the held-out rows are judged by
+    heads: HeadsConfig
+    train: TrainConfig
+    streamed: tuple[ModelConfig, HiddenConfig, str] | None  # what the base is asked for and data.loss_on
+
+    def epoch(self, number: int) -> Plan:
+        train = self.train
+        per_step = train.gradient_accumulation_steps * train.batch_size
+        return Plan(number, ((0, self.num_positions),), train.num_workers, per_step)
+
+
+@dataclass
+class State:
+    """How far a run has come."""
+
+    step: int
+    plan: Plan
+    done: int  # steps of the plan
+    history: list[dict[str, Any]]  # lines of the journal
+    best: dict[str, Any] | None = None  # {"name": of a checkpoint, "loss": x}, by the held-out loss
+
+    @classmethod
+    def of(cls, saved: dict[str, Any], job: Job) -> "State":
+        """From a checkpoint, whose workers may have been others than these."""
+        plan = Plan(**saved["plan"] | {"spans": tuple(map(tuple, saved["plan"]["spans"]))})
+        state = cls(**saved | {"plan": plan})
+        fresh = job.epoch(plan.epoch)
+        if (plan.num_workers, plan.per_step) != (fresh.num_workers, fresh.per_step):
+            rest = plan.rest(state.done)
+            state.plan, state.done = Plan(plan.epoch, rest, fresh.num_workers, fresh.per_step), 0
+        return state
+
+
+class Outcome(NamedTuple):
+    """Of a step of all ranks."""
+
+    figures: dict[str, Any] | None  # when it is logged: loss, head_loss, top1, top5
+    culprit: str | None  # why the optimizer must not take this step
+    must_stop: bool
+
+
+def worker(config: dict[str, Any]) -> str | None:
+    """Returns why training had to stop, or None when heads/ is written."""
+    job: Job = config["job"]
+    run = Run(job)
+    problem = run.take_steps()
+    if problem is None:
+        run.write_heads()
+    return problem
+
+
+class Run:
+    """A rank's state, and the loop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.train = job, job.train
+        self.rank = ray.train.get_context().get_world_rank()
+        model = HeadTrainer(job.heads, job.train, ray.get(job.output_layer), job.token_map_M)
+        self.engine = start(model, job.train, job.device)
+        self.state = self._resume()
+        source = (
+            from_base(job.hidden, job.base, job.device, *job.streamed, job.train.num_workers)
+            if job.streamed
+            else from_disk(job.hidden)
+        )
+        self.feed = Feed(ray.get(job.counts), job.names, job.train.seed, source, job.form, self.rank)
+        self.held_out = list(self.feed.rows(job.held_out[self.rank :: job.train.num_workers]))
+        self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
+        self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
+        flops = flops_per_position(job.heads, job.form.hidden_size, model.heads.draft_vocab_size)
+        self.meter = Meter(self.engine.device, model.dtype, flops, job.train.num_workers)
+        self.trace = Trace(job.train.profile_steps, job.output) if self.rank == 0 else None
+        weights = torch.full((job.heads.num_heads,), job.train.head_weight, device=self.engine.device)
+        self.head_weight_H = weights ** torch.arange(len(weights), device=self.engine.device)
+
+    def _resume(self) -> State:
+        """Rank 0 says which checkpoint: others might see another one as the newest whole."""
+        checkpoint = checkpoints.newest(self.job.training) if self.rank == 0 else None
+        name = agreed(checkpoint and checkpoint.name)
+        if name is None:
+            return State(0, self.job.epoch(0), 0, [])
+        checkpoint = checkpoint or checkpoints.read(self.job.training, name)
+        nothing = self.job.form.nothing().to(self.engine.device)
+        zero_H = torch.zeros(self.job.heads.num_heads, device=self.engine.device)
+        step = checkpoint.state["step"]
+        load_full_state(self.engine, checkpoint.tensors, step, lambda: self.engine(nothing, zero_H, False).loss)
+        return State.of(checkpoint.state, self.job)
+
+    def take_steps(self) -> str | None:
+        """All that are left. Returns why not, if so."""
+        state, train = self.state, self.train
+        while state.plan.epoch < train.epochs:
+            for micro_batches in self.feed.steps(state.plan, state.done, train.batch_size):
+                num_steps = self._num_steps()
+                rate = learning_rate(state.step, num_steps, train)
+                for group in self.engine.optimizer.param_groups:
+                    group["lr"] = rate
+                number = state.step + 1
+                is_last = number == num_steps
+                is_judged = bool(self.job.held_out) and (number % train.eval_steps == 0 or is_last)
+                is_logged = number % train.logging_steps == 0 or is_last or is_judged
+                if self.trace:
+                    self.trace.before(number)
+                outcome = self._step(micro_batches, is_logged)
+                if outcome.culprit is not None:
+                    return (
+                        f"step={number} {outcome.culprit}. Training stopped before this step. Lower "
+                        f"train.learning_rate, now {train.learning_rate}, or mend these rows of {self.job.hidden}."
+                    )
+                state.step, state.done = number, state.done + 1
+                if self.trace:
+                    self.trace.after(number)
+                held_out = self._judge() if is_judged else None
+                self.meter.count(sum(map(len, micro_batches)))
+                if is_logged:
+                    self._record(outcome.figures, rate, held_out)
+                if state.done == state.plan.num_steps:
+                    state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
+                is_better = held_out is not None and held_out["loss"] < (state.best or held_out | {"loss": math.inf})["loss"]
+                if is_better:
+                    state.best = {"name": checkpoints.name_of(number), "loss": held_out["loss"]}
+                if number % train.save_steps == 0 or state.done == 0 or is_better or outcome.must_stop:
+                    if problem := self._save():
+                        return problem
+                if outcome.must_stop:
+                    return STOPPED
+        return None
+
+    def _num_steps(self) -> int:
+        """Of the whole run, as its workers are now."""
+        state = self.state
+        later = (self.train.epochs - state.plan.epoch - 1) * self.job.epoch(0).num_steps
+        return state.step - state.done + state.plan.num_steps + later
+
+    def _step(self, micro_batches: list[Batch], is_logged: bool) -> Outcome:
+        """One step of the optimizer, unless some rank's loss is not finite."""
+        engine = self.engine
+        heads: MedusaHeads = engine.module.heads
+        batches = [batch.to(engine.device) for batch in micro_batches]
+        num_H = torch.stack([num_losses(heads, batch.labels_NH) for batch in batches]).sum(dim=0)
+        dist.all_reduce(num_H)  # of the whole step, so that each label counts the same wherever it falls
+        # DeepSpeed takes means over ranks and micro-batches, where sums are wanted.
+        weight_H = self.head_weight_H * dist.get_world_size() * len(batches) / num_H.clamp(min=1)
+        sums, is_finite = [], []
+        for number, batch in enumerate(batches, 1):
+            result = engine(batch, weight_H, is_logged)
+            is_finite.append(result.loss.detach().isfinite())
+            if is_logged:
+                sums.append(torch.stack([s.float() for s in result[1:]]))
+            engine.backward(result.loss)
+            if number == len(batches):
+                culprit, must_stop = self._agree(torch.stack(is_finite), batches)
+                if culprit is not None:
+                    return Outcome(None, culprit, must_stop)
+            engine.step()  # which moves the weights after the last micro-batch only
+        if not is_logged:
+            return Outcome(None, None, must_stop)
+        return Outcome(self._figures(torch.stack(sums).sum(dim=0), num_H), None, must_stop)
+
+    def _figures(self, sums_4H: Tensor, num_H: Tensor) -> dict[str, Any]:
+        """Means over all labels of all ranks. sums_4H: loss_sum_H, num_labels_H, top1_H and top5_H of this rank."""
+        dist.all_reduce(sums_4H)
+        loss_H, labels_H, top1_H, top5_H = sums_4H
+        head_loss_H = loss_H / num_H.clamp(min=1)
+        top1_H, top5_H = top1_H / labels_H.clamp(min=1), top5_H / labels_H.clamp(min=1)
+        return {
+            "loss": (head_loss_H @ self.head_weight_H).item(),
+            "head_loss": head_loss_H.tolist(),
+            "top1": top1_H.tolist(),
+            "top5": top5_H.tolist(),
+        }
+
+    def _agree(self, is_finite: Tensor, batches: list[Batch]) -> tuple[str | None, bool]:
+        """What forbids the step, as the first rank that it concerns puts it, and whether to save and leave.
+
+        All ranks learn it, so all stop and none waits for another.
+        """
+        num_ranks = dist.get_world_size()
+        may_go_on = not (self.stop and self.stop.is_set)
+        mine = torch.where(is_finite.all(), num_ranks, self.rank)
+        votes = torch.stack([mine, torch.tensor(int(may_go_on), device=mine.device)])
+        dist.all_reduce(votes, dist.ReduceOp.MIN)
+        rank, may_go_on = votes.tolist()  # the one sync of a step
+        if rank == num_ranks:
+            return None, not may_go_on
+        text = None
+        if rank == self.rank:
+            batch = batches[int(is_finite.int().argmin())]
+            broken_N = ~batch.hidden_NC.isfinite().all(dim=1).cpu().numpy()
+            ids = sorted(set(batch.id_N[broken_N] if broken_N.any() else batch.id_N))
+            text = f"rank={rank}: the loss is not finite, of rows {', '.join(ids[:5])}" + (" ..." if ids[5:] else "")
+        return agreed(text, rank), not may_go_on
+
+    # ------------------------------------------------------------------------------------------ watching
+
+    def _record(self, figures: dict[str, Any] | None, rate: float, held_out: dict[str, Any] | None) -> None:
+        assert figures is not None
+        state = self.state
+        steps_per_epoch = self.job.epoch(0).num_steps
+        position = state.plan.epoch + 1 - (state.plan.num_steps - state.done) / steps_per_epoch
+        record = {"step": state.step, "of": self._num_steps(), "epoch": round(position, 4), "learning_rate": rate}
+        record |= figures | self.meter.read()
+        if held_out is not None:
+            record["held_out"] = held_out
+        if self.journal:
+            self.journal.add(record)
+
+    @torch.no_grad()
+    def _judge(self) -> dict[str, Any]:
+        """Figures of the held-out rows: mean losses, top-1, top-5, and tokens per step of a chain and a tree.
+
+        Half of the rows shape the tree and the others judge it.
+        """
+        with gathered(self.engine):
+            heads: MedusaHeads = self.engine.module.heads
+            judged = [judge(heads, batch.to(self.engine.device)) for batch in self.held_out]
+        none_H = torch.zeros(heads.num_heads, device=self.engine.device)  # a rank may hold no held-out row
+        sums_4H = sum((sums_4H for sums_4H, *_ in judged), torch.stack([none_H] * 4))
+        num_H = sum((num_H for _, num_H, _ in judged), none_H)
+        dist.all_reduce(num_H)
+        mine = [rank_TH for *_, ranks in judged for rank_TH in ranks]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        ranks = [rank_TH for theirs in everyone for rank_TH in theirs]
+        shaping, scoring = (ranks[::2], ranks[1::2]) if len(ranks) > 1 else (ranks, ranks)
+        tree = Tree.calibrated(torch.cat(shaping), self.job.tree_nodes)
+        figures = self._figures(sums_4H, num_H)
+        trees = {"chain": Tree.chain(heads.num_heads), f"tree_{self.job.tree_nodes}": tree}
+        return figures | {"tokens_per_step": {name: tokens_per_step(scoring, t) for name, t in trees.items()}}
+
+    # ------------------------------------------------------------------------------------------ keeping
+
+    def _save(self) -> str | None:
+        """A checkpoint of the run as it is; or why it could not be written."""
+        state, training = self.state, self.job.training
+        tensors = {
+            name: tensor.to("cpu", copy=True) for name, tensor in full_state(self.engine) if self.rank == 0
+        }
+        problem = None
+        if self.rank == 0:
+            try:
+                checkpoints.write(training, state.step, asdict(state), tensors)
+                checkpoints.keep(training, {state.best["name"]} if state.best else set())
+            except OSError as error:
+                problem = f"step={state.step}: the checkpoint cannot be written: {error}. Make room at {training}."
+        return agreed(problem)
+
+    def write_heads(self) -> None:
+        """Rank 0 writes weights and config.json into heads/, of the last checkpoint or the best."""
+        if self.rank == 0:
+            best = self.state.best if self.train.keep == "best" else None
+            name = best["name"] if best else checkpoints.names(self.job.training)[-1]
+            saved = checkpoints.read(self.job.training, name).tensors
+            model = HeadTrainer(self.job.heads, self.train, ray.get(self.job.output_layer), self.job.token_map_M)
+            weights = {key.removeprefix("weight/"): value for key, value in saved.items() if key.startswith("weight/")}
+            model.load_state_dict(weights, strict=False)  # but for what the base shares, and the token map
+            model.heads.save(self.job.output, self.job.base)
+        dist.barrier()
+
+
+def agreed(value: Any, rank: int = 0) -> Any:
+    """What this rank says, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=rank)
+    return box[0]
+
+
+def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:
+    """Of the optimizer step after `step` others."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return train.learning_rate * shapes[train.lr_scheduler]
