@@ -139,7 +139,7 @@ class TrainConfig(Strict):
         description="hard: the tokens that came; soft: what the base said of each, its hidden.top_k likeliest tokens.",
     )
     held_out: float = Field(
-        0.02, ge=0, lt=1, description="Share of the chats that heads are judged by and not trained on; 512 rows at most."
+        0.02, ge=0, lt=1, description="Share of the chats that judge the heads, untrained on; 512 rows at most."
     )
     eval_steps: int = Field(200, gt=0, description="Optimizer steps between two judgements; the last step has one.")
     keep: Literal["last", "best"] = Field(
@@ -221,8 +221,8 @@ class RunConfig(Strict):
     def _soft_labels_need_a_teacher(self) -> "RunConfig":
         if self.train.labels == "soft" and not self.hidden.top_k:
             raise ValueError(
-                "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. Set hidden.top_k, "
-                "to 16 for one."
+                "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. "
+                "Set hidden.top_k, to 16 for one."
             )
         return self
 

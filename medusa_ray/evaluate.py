@@ -10,7 +10,7 @@ the baseline and transformers' own `generate` then answer the same prompts, and 
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -116,16 +116,21 @@ def tables(
     dataset = ray.data.from_arrow_refs(refs)
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
+    function: Any = _TableProcess
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # as in `run`
         made = dataset.map_batches(
-            _Process, fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex, "work": _make_table},
-            batch_size=None, batch_format="pyarrow", **resources,
-        )  # fmt: skip
+            function,
+            fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
+            batch_size=None,
+            batch_format="pyarrow",
+            **resources,
+        )
     # Ray Data cuts large tables to blocks of its own.
-    blocks, left = made.iter_batches(batch_size=None, batch_format="pyarrow"), []
+    blocks: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
+    left: list[pa.Table] = []
     for wanted in num_rows:
-        while sum(map(len, left)) < wanted:
+        while sum(len(block) for block in left) < wanted:
             left.append(next(blocks))
         whole = pa.concat_tables(left)
         yield whole.slice(0, wanted)
@@ -135,13 +140,16 @@ def tables(
 class _Process:
     """An actor of the pool."""
 
-    def __call__(self, batch: pa.Table, make_worker: Any, run_id: str, work: Any = None) -> pa.Table:
-        return (work or _work)(batch, make_worker, run_id)
+    def __call__(self, batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
+        return _work(batch, make_worker, run_id)
 
 
-def _make_table(batch: pa.Table, make_worker: Any, run_id: str) -> pa.Table:
-    (shard,) = batch.to_pylist()
-    return _worker_of(make_worker, run_id)(shard)
+class _TableProcess:
+    """An actor of the pool whose workers make tables."""
+
+    def __call__(self, batch: pa.Table, make_worker: Any, run_id: str) -> pa.Table:
+        (shard,) = batch.to_pylist()
+        return _worker_of(make_worker, run_id)(shard)
 
 
 _worker: dict[str, Any] = {}  # by run, since Ray keeps processes for later pipelines

@@ -94,7 +94,9 @@ def run(config: RunConfig) -> str:
     finish(training)
     facts = {"num_steps": read_curve(f"{heads}/{CURVE}")[-1]["step"], "num_positions": job.num_positions}
     num_held_out = sum(len(row_R) for _, row_R in job.held_out)
-    provenance.write(heads, settings, inputs, **facts, num_held_out=num_held_out, draft_coverage=draft_coverage)
+    provenance.write(
+        heads, settings, inputs, **facts, num_held_out=num_held_out, draft_coverage=draft_coverage
+    )
     return config.artifact("heads")
 
 
@@ -124,11 +126,11 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted keys with their two values."""
     for key in sorted(old.keys() | new.keys()):
-        values = old.get(key), new.get(key)
-        if all(isinstance(value, dict) for value in values):
-            yield from differences(*values, f"{prefix}{key}.")
-        elif values[0] != values[1]:
-            yield f"{prefix}{key}", *values
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            yield f"{prefix}{key}", was, now
 
 
 def finish(training: str) -> None:

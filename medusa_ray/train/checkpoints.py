@@ -55,7 +55,9 @@ def newest(training: str) -> Checkpoint | None:
         try:
             return read(training, name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            LOG.warning("stage=train checkpoint=%s is not whole, so the one before it is taken: %s", name, error)
+            LOG.warning(
+                "stage=train checkpoint=%s is not whole, so the one before it is taken: %s", name, error
+            )
     return None
 
 

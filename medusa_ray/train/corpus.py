@@ -58,7 +58,9 @@ class Corpus:
                 corpus.check(name, table, config)
             places = places_of(table, form.num_heads)
             count_R = np.bincount(places.row_N.numpy(), minlength=len(table))
-            is_held_R = np.array([is_held_out(row_id, share) for row_id in table["id"].to_pylist()], dtype=bool)
+            is_held_R = np.array(
+                [is_held_out(row_id, share) for row_id in table["id"].to_pylist()], dtype=bool
+            )
             if len(held_R := np.flatnonzero(is_held_R & (count_R > 0))):
                 corpus.held_out.append((name, held_R))
             corpus.counts.append(np.where(is_held_R, 0, count_R))
@@ -86,7 +88,10 @@ class Corpus:
                 for row in rows
                 if leaves_labels(row, self.loss_on)
             ]
-            yield name, records.hidden_table(skeletons, self.form.dtype, self.form.hidden_size).select(SKELETON)
+            yield (
+                name,
+                records.hidden_table(skeletons, self.form.dtype, self.form.hidden_size).select(SKELETON),
+            )
 
     def check(self, name: str, table: pa.Table, config: RunConfig) -> None:
         """Raises UserError when a part of hidden/ is not of this base, or lacks what soft labels need."""

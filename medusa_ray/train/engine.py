@@ -145,7 +145,7 @@ def merged(derived: dict[str, Any], own: dict[str, Any], file: str) -> dict[str,
 
 
 def is_auto(params: dict[str, Any] | None) -> bool:
-    return bool(params) and all(value == "auto" for value in params.values())
+    return bool(params) and set((params or {}).values()) == {"auto"}
 
 
 # ------------------------------------------------------------------------------------------------------ state

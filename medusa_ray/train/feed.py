@@ -19,7 +19,9 @@ from medusa_ray.train.order import Ints, Line, Piece, Plan, cut
 from medusa_ray.train.rows import Batch, Form, joined
 
 Wanted = tuple[str, Ints]  # a part, and some of its rows, ascending
-Source = Callable[[list[Wanted]], Iterator[pa.Table]]  # a table of hidden/ for each that is wanted, in the same order
+Source = Callable[
+    [list[Wanted]], Iterator[pa.Table]
+]  # a table of hidden/ for each that is wanted, in the same order
 T = TypeVar("T")
 
 

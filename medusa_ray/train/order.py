@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW_POSITIONS = 2**16  # rows are shuffled among at least so many positions: 512 MiB of bf16 states of 4,096
+WINDOW_POSITIONS = (
+    2**16
+)  # rows are shuffled among at least so many positions: 512 MiB of bf16 states of 4,096
 
 Spans = tuple[tuple[int, int], ...]  # stretches of a line, start and end
 Ints = NDArray[np.int64]

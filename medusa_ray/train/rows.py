@@ -91,7 +91,9 @@ class Form:
         Raises ValueError when a row's bytes are not the states of its positions.
         """
         raw = table["hidden"].combine_chunks()
-        width = np.dtype(np.int16 if self.dtype == "bfloat16" else np.int32)  # NumPy has no bfloat16: bits are moved
+        width = np.dtype(
+            np.int16 if self.dtype == "bfloat16" else np.int32
+        )  # NumPy has no bfloat16: bits are moved
         found_R = pc.binary_length(raw).to_numpy(zero_copy_only=False)
         needed_R = lengths_of(table["position"].combine_chunks()) * self.hidden_size * width.itemsize
         if len(wrong := np.flatnonzero(found_R != needed_R)):

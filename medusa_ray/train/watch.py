@@ -17,7 +17,15 @@ from torch import Tensor
 
 from medusa_ray.config import HeadsConfig
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, MAX_LOGITS, HeadLoss, cross_entropy_for, medusa_loss, num_losses, places_in
+from medusa_ray.medusa.loss import (
+    IGNORED,
+    MAX_LOGITS,
+    HeadLoss,
+    cross_entropy_for,
+    medusa_loss,
+    num_losses,
+    places_in,
+)
 from medusa_ray.medusa.ranks import NUM_RANKS, ranks_in
 from medusa_ray.train.rows import Batch
 
@@ -29,14 +37,17 @@ def judge(heads: MedusaHeads, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor
     """
     dtype = heads.output_weight(0).dtype
     size = max(1, MAX_LOGITS // heads.draft_vocab_size)
-    cross_entropy, one_H = cross_entropy_for(heads, size), torch.ones(heads.num_heads, device=batch.labels_NH.device)
+    cross_entropy, one_H = (
+        cross_entropy_for(heads, size),
+        torch.ones(heads.num_heads, device=batch.labels_NH.device),
+    )
     place_NH = places_in(heads.token_map_M, batch.labels_NH)
     sums, ranks = [], []
     for first in range(0, len(batch), size):
         chunk, places = batch[first : first + size], place_NH[first : first + size]
         hidden_NC = chunk.hidden_NC.to(dtype)
         found: HeadLoss = medusa_loss(heads, hidden_NC, chunk.labels_NH, one_H, cross_entropy, chunk.teacher)
-        sums.append(torch.stack([figure.float() for figure in found[1:]]))
+        sums.append(sums_of(found))
         columns = []
         for head in range(heads.num_heads):
             logits_NM = heads.logits_of(head, heads.residual_of(head, hidden_NC))
@@ -48,10 +59,20 @@ def judge(heads: MedusaHeads, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor
     return torch.stack(sums).sum(dim=0), num_losses(heads, batch.labels_NH), list(rows)
 
 
+def sums_of(found: HeadLoss) -> Tensor:
+    """loss_sum_H, num_labels_H, top1_H and top5_H, stacked."""
+    assert found.top1_H is not None
+    assert found.top5_H is not None
+    figures = found.loss_sum_H, found.num_labels_H, found.top1_H, found.top5_H
+    return torch.stack([figure.float() for figure in figures])
+
+
 class Meter:
     """Positions per second of all ranks, memory of this one, and the share of what its arithmetic could do."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, flops_per_position: float, num_ranks: int) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, flops_per_position: float, num_ranks: int
+    ) -> None:
         self.device, self.num_ranks = device, num_ranks
         self.flops_per_position, self.peak_flops = flops_per_position, matmul_flops(device, dtype)
         self.num_positions, self.since_s = 0, time.perf_counter()

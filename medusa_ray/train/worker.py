@@ -15,16 +15,16 @@ from torch import Tensor
 
 from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, TrainConfig
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, num_losses
+from medusa_ray.medusa.loss import num_losses
 from medusa_ray.medusa.ranks import tokens_per_step
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.train import checkpoints
 from medusa_ray.train.engine import HeadTrainer, full_state, gathered, load_full_state, start
-from medusa_ray.train.feed import Feed, Source, Wanted, from_base, from_disk
+from medusa_ray.train.feed import Feed, Wanted, from_base, from_disk
 from medusa_ray.train.journal import Journal
 from medusa_ray.train.order import Plan
 from medusa_ray.train.rows import Batch, Form
-from medusa_ray.train.watch import Meter, StopFile, Trace, flops_per_position, judge
+from medusa_ray.train.watch import Meter, StopFile, Trace, flops_per_position, judge, sums_of
 
 STOP = "stop"  # a file in training/: save and leave
 STOPPED = "stopped"  # what a worker returns then
@@ -77,6 +77,13 @@ class State:
             rest = plan.rest(state.done)
             state.plan, state.done = Plan(plan.epoch, rest, fresh.num_workers, fresh.per_step), 0
         return state
+
+    def best_is_worse_than(self, loss: float) -> bool:
+        """Takes note of the checkpoint that is about to be written, if so."""
+        if self.best is not None and self.best["loss"] <= loss:
+            return False
+        self.best = {"name": checkpoints.name_of(self.step), "loss": loss}
+        return True
 
 
 class Outcome(NamedTuple):
@@ -131,7 +138,9 @@ class Run:
         nothing = self.job.form.nothing().to(self.engine.device)
         zero_H = torch.zeros(self.job.heads.num_heads, device=self.engine.device)
         step = checkpoint.state["step"]
-        load_full_state(self.engine, checkpoint.tensors, step, lambda: self.engine(nothing, zero_H, False).loss)
+        load_full_state(
+            self.engine, checkpoint.tensors, step, lambda: self.engine(nothing, zero_H, False).loss
+        )
         return State.of(checkpoint.state, self.job)
 
     def take_steps(self) -> str | None:
@@ -164,12 +173,10 @@ class Run:
                     self._record(outcome.figures, rate, held_out)
                 if state.done == state.plan.num_steps:
                     state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
-                is_better = held_out is not None and held_out["loss"] < (state.best or held_out | {"loss": math.inf})["loss"]
-                if is_better:
-                    state.best = {"name": checkpoints.name_of(number), "loss": held_out["loss"]}
-                if number % train.save_steps == 0 or state.done == 0 or is_better or outcome.must_stop:
-                    if problem := self._save():
-                        return problem
+                is_best = held_out is not None and state.best_is_worse_than(held_out["loss"])
+                is_due = number % train.save_steps == 0 or state.done == 0
+                if (is_due or is_best or outcome.must_stop) and (problem := self._save()):
+                    return problem
                 if outcome.must_stop:
                     return STOPPED
         return None
@@ -194,7 +201,7 @@ class Run:
             result = engine(batch, weight_H, is_logged)
             is_finite.append(result.loss.detach().isfinite())
             if is_logged:
-                sums.append(torch.stack([s.float() for s in result[1:]]))
+                sums.append(sums_of(result))
             engine.backward(result.loss)
             if number == len(batches):
                 culprit, must_stop = self._agree(torch.stack(is_finite), batches)
@@ -236,7 +243,9 @@ class Run:
             batch = batches[int(is_finite.int().argmin())]
             broken_N = ~batch.hidden_NC.isfinite().all(dim=1).cpu().numpy()
             ids = sorted(set(batch.id_N[broken_N] if broken_N.any() else batch.id_N))
-            text = f"rank={rank}: the loss is not finite, of rows {', '.join(ids[:5])}" + (" ..." if ids[5:] else "")
+            text = f"rank={rank}: the loss is not finite, of rows {', '.join(ids[:5])}" + (
+                " ..." if ids[5:] else ""
+            )
         return agreed(text, rank), not may_go_on
 
     # ------------------------------------------------------------------------------------------ watching
@@ -246,7 +255,12 @@ class Run:
         state = self.state
         steps_per_epoch = self.job.epoch(0).num_steps
         position = state.plan.epoch + 1 - (state.plan.num_steps - state.done) / steps_per_epoch
-        record = {"step": state.step, "of": self._num_steps(), "epoch": round(position, 4), "learning_rate": rate}
+        record: dict[str, Any] = {
+            "step": state.step,
+            "of": self._num_steps(),
+            "epoch": round(position, 4),
+            "learning_rate": rate,
+        }
         record |= figures | self.meter.read()
         if held_out is not None:
             record["held_out"] = held_out
@@ -290,7 +304,9 @@ class Run:
                 checkpoints.write(training, state.step, asdict(state), tensors)
                 checkpoints.keep(training, {state.best["name"]} if state.best else set())
             except OSError as error:
-                problem = f"step={state.step}: the checkpoint cannot be written: {error}. Make room at {training}."
+                problem = (
+                    f"step={state.step}: the checkpoint cannot be written: {error}. Make room at {training}."
+                )
         return agreed(problem)
 
     def write_heads(self) -> None:
@@ -299,8 +315,14 @@ class Run:
             best = self.state.best if self.train.keep == "best" else None
             name = best["name"] if best else checkpoints.names(self.job.training)[-1]
             saved = checkpoints.read(self.job.training, name).tensors
-            model = HeadTrainer(self.job.heads, self.train, ray.get(self.job.output_layer), self.job.token_map_M)
-            weights = {key.removeprefix("weight/"): value for key, value in saved.items() if key.startswith("weight/")}
+            model = HeadTrainer(
+                self.job.heads, self.train, ray.get(self.job.output_layer), self.job.token_map_M
+            )
+            weights = {
+                key.removeprefix("weight/"): value
+                for key, value in saved.items()
+                if key.startswith("weight/")
+            }
             model.load_state_dict(weights, strict=False)  # but for what the base shares, and the token map
             model.heads.save(self.job.output, self.job.base)
         dist.barrier()
