@@ -17,6 +17,7 @@ import fsspec
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
 
 from medusa_ray import parts, provenance, shards
 from medusa_ray.config import RunConfig, UserError
@@ -25,6 +26,7 @@ from medusa_ray.train import checkpoints
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import deepspeed_config
 from medusa_ray.train.journal import CURVE, line, read_curve
+from medusa_ray.train.order import Ints
 from medusa_ray.train.worker import STOP, STOPPED, Job, worker
 
 LOG = logging.getLogger("medusa_ray")
@@ -66,26 +68,9 @@ def run(config: RunConfig) -> str:
     device = shards.device_of(config.model)
     if not begin(training, settings, inputs):
         remove(heads)
-    job = Job(
-        hidden=distilled if is_streamed else hidden,
-        training=training,
-        output=heads,
-        base=config.model.base,
-        device=device,
-        output_layer=ray.put(output_layer_VC),
-        form=corpus.form,
-        names=corpus.names,
-        counts=ray.put(corpus.counts),
-        held_out=corpus.held_out,
-        num_positions=corpus.num_positions,
-        token_map_M=token_map_M,
-        tree_nodes=config.evaluate.tree_nodes,
-        heads=config.heads,
-        train=config.train,
-        streamed=(config.model, config.hidden, config.data.loss_on) if is_streamed else None,
-    )
+    job = Job.of(config, corpus, token_map_M, device)
     with relayed(f"{heads}/{CURVE}"), stoppable(training):
-        result: Any = trainer(job).fit()
+        result: Any = trainer(job, output_layer_VC, corpus.counts).fit()
     if result.return_value == STOPPED:
         LOG.warning("stage=train has saved and stopped. The same command goes on from %s", training)
         raise SystemExit(128 + signal.SIGTERM)
@@ -158,7 +143,7 @@ def stoppable(training: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def trainer(job: Job) -> TorchTrainer:
+def trainer(job: Job, output_layer_VC: Tensor, counts: list[Ints]) -> TorchTrainer:
     """Raises UserError when the cluster has no room for the workers."""
     on_gpu = job.device == "cuda"
     resource, num_workers = "GPU" if on_gpu else "CPU", job.train.num_workers
@@ -179,7 +164,11 @@ def trainer(job: Job) -> TorchTrainer:
     loop: Any = worker
     return TorchTrainer(
         loop,
-        train_loop_config={"job": job},
+        train_loop_config={
+            "job": job,
+            "output_layer": ray.put(output_layer_VC),
+            "counts": ray.put(counts),
+        },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
             num_workers=num_workers,

@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
@@ -13,16 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, TrainConfig
+from medusa_ray import parts, shards
+from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, RunConfig, TrainConfig
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import num_losses
 from medusa_ray.medusa.ranks import tokens_per_step
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.train import checkpoints
+from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import HeadTrainer, full_state, gathered, load_full_state, start
 from medusa_ray.train.feed import Feed, Wanted, from_base, from_disk
 from medusa_ray.train.journal import Journal
-from medusa_ray.train.order import Plan
+from medusa_ray.train.order import Ints, Plan
 from medusa_ray.train.rows import Batch, Form
 from medusa_ray.train.watch import Meter, StopFile, Trace, flops_per_position, judge, sums_of
 
@@ -39,10 +42,8 @@ class Job:
     output: str  # heads/
     base: str
     device: str
-    output_layer: ray.ObjectRef  # the base's, [V, C]
     form: Form
     names: list[str]  # of the parts
-    counts: ray.ObjectRef  # list[Ints]: of each part, the positions of each row that are trained on
     held_out: list[Wanted]  # rows that are not
     num_positions: int
     token_map_M: Tensor | None  # the tokens that heads guess; None for the whole vocabulary
@@ -50,6 +51,26 @@ class Job:
     heads: HeadsConfig
     train: TrainConfig
     streamed: tuple[ModelConfig, HiddenConfig, str] | None  # what the base is asked for and data.loss_on
+
+    @classmethod
+    def of(cls, config: RunConfig, corpus: Corpus, token_map_M: Tensor | None, device: str) -> "Job":
+        streamed = (config.model, config.hidden, config.data.loss_on)
+        return cls(
+            hidden=corpus.folder,
+            training=parts.absolute(config.artifact("training")),
+            output=parts.absolute(config.artifact("heads")),
+            base=shards.base_of(config.model),
+            device=device,
+            form=corpus.form,
+            names=corpus.names,
+            held_out=corpus.held_out,
+            num_positions=corpus.num_positions,
+            token_map_M=token_map_M,
+            tree_nodes=config.evaluate.tree_nodes,
+            heads=config.heads,
+            train=config.train,
+            streamed=streamed if corpus.is_streamed else None,
+        )
 
     def epoch(self, number: int) -> Plan:
         train = self.train
@@ -97,7 +118,9 @@ class Outcome(NamedTuple):
 def worker(config: dict[str, Any]) -> str | None:
     """Returns why training had to stop, or None when heads/ is written."""
     job: Job = config["job"]
-    run = Run(job)
+    run = Run(
+        job, ray.train.get_context().get_world_rank(), ray.get(config["output_layer"]), ray.get(config["counts"])
+    )
     problem = run.take_steps()
     if problem is None:
         run.write_heads()
@@ -107,10 +130,11 @@ def worker(config: dict[str, Any]) -> str | None:
 class Run:
     """A rank's state, and the loop."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.train = job, job.train
-        self.rank = ray.train.get_context().get_world_rank()
-        model = HeadTrainer(job.heads, job.train, ray.get(job.output_layer), job.token_map_M)
+    def __init__(self, job: Job, rank: int, output_layer_VC: Tensor, counts: list[Ints]) -> None:
+        """counts: of each part, the positions of each of its rows that are trained on."""
+        self.job, self.train, self.rank = job, job.train, rank
+        self.new_model = partial(HeadTrainer, job.heads, job.train, output_layer_VC, job.token_map_M)
+        model = self.new_model()
         self.engine = start(model, job.train, job.device)
         self.state = self._resume()
         source = (
@@ -118,7 +142,7 @@ class Run:
             if job.streamed
             else from_disk(job.hidden)
         )
-        self.feed = Feed(ray.get(job.counts), job.names, job.train.seed, source, job.form, self.rank)
+        self.feed = Feed(counts, job.names, job.train.seed, source, job.form, self.rank)
         self.held_out = list(self.feed.rows(job.held_out[self.rank :: job.train.num_workers]))
         self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
         self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
@@ -315,9 +339,7 @@ class Run:
             best = self.state.best if self.train.keep == "best" else None
             name = best["name"] if best else checkpoints.names(self.job.training)[-1]
             saved = checkpoints.read(self.job.training, name).tensors
-            model = HeadTrainer(
-                self.job.heads, self.train, ray.get(self.job.output_layer), self.job.token_map_M
-            )
+            model = self.new_model()
             weights = {
                 key.removeprefix("weight/"): value
                 for key, value in saved.items()
