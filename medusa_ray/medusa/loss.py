@@ -24,7 +24,7 @@ MAX_LOGITS = 2**24  # logits that may be held at once, 64 MiB in fp32
 
 
 class Teacher(NamedTuple):
-    """The base's K likeliest tokens for each label, each once. Where the label is IGNORED they may be anything."""
+    """The base's K likeliest tokens for each label, each once; any row will do where the label is IGNORED."""
 
     ids_NHK: Tensor  # by the base's ids
     logprobs_NHK: Tensor  # fp32; what they leave of 1 belongs to all other tokens together
