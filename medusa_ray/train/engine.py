@@ -206,6 +206,7 @@ def full_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     masters = unsharded_masters(engine)
+    link_moments(engine)
     for name, weight in trained(engine):
         if masters is None:
             yield f"weight/{name}", safe_get_full_fp32_param(weight)
@@ -231,6 +232,7 @@ def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Ca
         engine.backward(idle())
         engine.step()
     optimizer, masters = optimizer_of(engine), unsharded_masters(engine)
+    link_moments(engine)
     for state in optimizer.state.values():
         state["step"].fill_(step)
     for name, weight in trained(engine):
@@ -247,6 +249,14 @@ def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Ca
                 safe_set_full_optimizer_state(weight, value, moment)
             else:
                 optimizer.state[masters[weight]][moment].copy_(value)
+
+
+def link_moments(engine: Any) -> None:
+    """ZeRO 1 and 2 tell weights of their moments once the first group of them has taken a step, when the others have
+    none yet. deepspeed 0.19 never does so again; drop this when it waits for the last."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def unsharded_masters(engine: Any) -> dict[Tensor, Tensor] | None:
