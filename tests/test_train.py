@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from medusa_ray.train.feed import Feed, from_disk
 from medusa_ray.train.journal import CURVE, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
-from medusa_ray.train.worker import Job, Run, learning_rate
+from medusa_ray.train.worker import Job, Run, State, learning_rate
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
@@ -417,6 +418,10 @@ def curve_of(config: RunConfig) -> list[dict[str, Any]]:
     return read_curve(f"{config.artifact('heads')}/{CURVE}")
 
 
+def changed(config: RunConfig, **settings: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
 def what_is_learnt(config: RunConfig) -> list[dict[str, Any]]:
     """The curve without what differs from run to run."""
     clocks = {"positions_per_s", "memory_gib", "share_of_peak", "of"}
@@ -476,3 +481,193 @@ def test_twenty_steps_lose_what_a_single_process_loses(
     assert expected[-1] < 0.9 * expected[0]
     for config in configs:
         assert [record["loss"] for record in curve_of(config)] == pytest.approx(expected, abs=1e-5)
+
+
+def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> None:
+    """SIGKILL for the younger training process of this test's cluster, once the curve is that far."""
+    while not ended.wait(0.02):
+        curve = curve_of(config)
+        if curve and curve[-1]["step"] >= step:
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            max(workers, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
+            return
+
+
+def stop_at(step: int, config: RunConfig) -> None:
+    """SIGTERM for this process, which is the driver, once the curve is that far."""
+    while not (curve := curve_of(config)) or curve[-1]["step"] < step:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_and_ends_with_the_same_heads(ray_cluster: None, tmp_path: Path) -> None:
+    """To the bit: the order of rows, the optimizer and the schedule have all come back."""
+    settings = {"batch_size": 4, "save_steps": 100, "learning_rate": 0.01, "max_failures": 0}
+    settings |= {"held_out": 0.1, "eval_steps": 150, "zero_stage": 2}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = (write_run(tmp_path / name, num_rows=160, **settings) for name in ("whole", "killed"))
+
+    assert train.run(whole) == whole.artifact("heads")
+    expected = what_is_learnt(whole)
+    num_steps = expected[-1]["step"]
+
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker_at, args=(250, killed, ended))
+    killer.start()
+    with pytest.raises(Exception, match="Training failed"):
+        train.run(killed)  # as if the driver had died: nothing is tidied up
+    ended.set()
+    killer.join()
+    assert provenance.read(killed.artifact("heads")) is None
+    training = tmp_path / "killed/training"
+    newest = checkpoints.names(str(training))[-1]
+    assert newest >= "step_00000200"
+    (training / newest / "weight.safetensors").write_bytes(b"what a full disk leaves")
+    with pytest.raises(UserError, match=r"holds a run that is not over.*train.learning_rate was 0.01, and is 0.1"):
+        train.run(changed(killed, learning_rate=0.1))
+
+    train.run(killed)
+    assert what_is_learnt(killed) == expected
+    assert (tmp_path / "killed/heads" / WEIGHTS).read_bytes() == (tmp_path / "whole/heads" / WEIGHTS).read_bytes()
+    # The newest TensorBoard file is of the last start, which did not begin anew.
+    assert min(scalars(tmp_path / "killed/heads")["loss"]) > 50
+
+    # What the undisturbed run left behind.
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"base", "hidden", "heads", "training"}
+    files = {"config.json", WEIGHTS, CURVE, "tensorboard", provenance.FILE}
+    assert {path.name for path in (tmp_path / "whole/heads").iterdir()} == files
+    assert expected[0]["learning_rate"] == pytest.approx(0.01 * 10 / 40)
+    judged = [record["held_out"] for record in expected if "held_out" in record]
+    assert [record["step"] for record in expected if "held_out" in record] == [150, 300, num_steps]
+    assert judged[-1]["top1"] == [1.0, 1.0, 1.0]
+    assert judged[-1]["tokens_per_step"]["chain"] == pytest.approx(10 / 3)  # 4, 4 and 2 of 10
+    names = {"loss", "learning_rate", "epoch", "of", "positions_per_s", "memory_gib", "share_of_peak"}
+    names |= {f"{what}/head_{head}" for what in ("head_loss", "top1", "top5") for head in range(3)}
+    assert names <= scalars(tmp_path / "whole/heads").keys()
+    record = provenance.read(whole.artifact("heads"))
+    assert record is not None
+    assert record["num_steps"] == num_steps
+    assert record["num_positions"] == (160 - record["num_held_out"]) * (REPLY - 1)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_fewer_workers_go_on_with_what_more_have_left(ray_cluster: None, tmp_path: Path) -> None:
+    """Told to stop, a run saves first; then another number of workers takes each position that is left, once."""
+    config = write_run(tmp_path, num_rows=160, batch_size=4, logging_steps=1, num_workers=3)
+    stop = threading.Thread(target=stop_at, args=(30, config))
+    stop.start()
+    with pytest.raises(SystemExit) as ended:
+        train.run(config)
+    stop.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    saved = checkpoints.newest(str(tmp_path / "training")).state
+    assert saved["step"] == curve_of(config)[-1]["step"] >= 30
+
+    fewer = changed(config, num_workers=2)
+    train.run(fewer)
+    curve = curve_of(config)
+    assert [record["step"] for record in curve] == list(range(1, curve[-1]["step"] + 1))
+    plan = State.of(saved, Job.of(fewer, corpus_of(fewer), None, "cpu")).plan
+    steps_left = plan.num_steps + (config.train.epochs - plan.epoch - 1) * 200
+    assert curve[-1]["step"] == saved["step"] + steps_left
+
+
+def scalars(heads: Path) -> dict[str, list[int]]:
+    """Steps of each curve in the newest TensorBoard file."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    newest = max((heads / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    steps: dict[str, list[int]] = {}
+    for event in EventFileLoader(str(newest)).Load():
+        for value in event.summary.value:
+            steps.setdefault(value.tag, []).append(event.step)
+    return steps
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_shared_heads_learn_in_bf16_with_sharded_weights(ray_cluster: None, tmp_path: Path) -> None:
+    """ZeRO-3 leaves empty weights behind for whoever forgets to gather them."""
+    heads = {"layout": "shared", "num_layers": 2, "num_heads": 2}
+    training = {"zero_stage": 3, "dtype": "bfloat16", "gradient_accumulation_steps": 2, "learning_rate": 0.02}
+    config = write_run(tmp_path, states="bfloat16", epochs=6, heads=heads, warmup_steps=5, **training)
+    train.run(config)
+    trained = MedusaHeads.load(config.artifact("heads"))
+    assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / WEIGHTS).values()} == {torch.bfloat16}
+    trained.init_from(train.read_output_layer(config.model))
+
+    whole = everything_of(config)
+    one_H = torch.ones(2)
+    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
+    top1_H = result.top1_H / result.num_labels_H
+    assert top1_H.min() > 0.9
+    mean_H = result.loss_sum_H / result.num_labels_H
+    assert curve_of(config)[-1]["head_loss"] == pytest.approx(mean_H.tolist(), abs=0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_low_rank_heads_learn_a_part_of_the_vocabulary(ray_cluster: None, tmp_path: Path) -> None:
+    heads = {"layout": "lowrank", "rank": 6, "num_heads": 2, "draft_vocab_size": 18}
+    config = write_run(tmp_path, epochs=6, heads=heads, warmup_steps=5, learning_rate=0.02, zero_stage=3)
+    train.run(config)
+    trained = MedusaHeads.load(config.artifact("heads"))
+    assert (trained.layout, trained.rank, trained.draft_vocab_size) == ("lowrank", 6, 18)
+    assert torch.equal(trained.token_map_M, corpus_of(config).draft(config.heads, V)[0])
+    output_VC = train.read_output_layer(config.model)
+    trained.init_from(output_VC)
+
+    whole = everything_of(config)
+    one_H = torch.ones(2)
+    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
+    top1_H = result.top1_H / result.num_labels_H
+    coverage = provenance.read(config.artifact("heads"))["draft_coverage"]
+    assert 0.7 < coverage < 0.95
+    # All that can be guessed is guessed, and what cannot is missed.
+    assert top1_H.tolist() == pytest.approx([coverage] * 2, abs=0.06)
+    assert curve_of(config)[-1]["top1"] == pytest.approx(top1_H.tolist(), abs=0.3)
+    assert all(trained.low_rank_term(head).up.weight.norm() > 0 for head in range(2))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_loss_that_is_not_finite_stops_all_ranks(ray_cluster: None, tmp_path: Path) -> None:
+    """Retries would meet the same row again; and one rank that leaves alone would let the others wait."""
+    config = write_run(tmp_path)
+    table = parts.read(config.artifact("hidden"), "part-000001")
+    rows = table.to_pylist()
+    states = np.frombuffer(rows[4]["hidden"], np.float32).copy()
+    states[0] = np.inf
+    rows[4]["hidden"] = states.tobytes()
+    parts.write(config.artifact("hidden"), "part-000001", records.hidden_table(rows, "float32", V))
+
+    found = [
+        (step, rank)
+        for rank in range(2)
+        for step, micro_batches in enumerate(feed_of(config, rank).steps(epoch_of(config), 0, 8), 1)
+        for batch in micro_batches
+        if not batch.hidden_NC.isfinite().all()
+    ]
+    ((step, rank),) = found
+    expected = rf"step={step} rank={rank}: the loss is not finite, of rows {rows[4]['id']}\. Training stopped before"
+    with pytest.raises(UserError, match=expected):
+        train.run(config)
+    assert provenance.read(config.artifact("heads")) is None
+    assert not (tmp_path / "heads" / WEIGHTS).exists()
+
+
+def test_finished_heads_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run(tmp_path)
+    heads = config.artifact("heads")
+    seen = []
+    monkeypatch.setattr(train.provenance, "is_complete", lambda *facts: seen.append(facts) or True)
+    assert train.run(config) == heads
+    (folder, settings, inputs) = seen[0]
+    assert folder.endswith("/heads")
+    assert settings["train"]["epochs"] == 2
+    assert inputs["hidden"] == provenance.digest(config.artifact("hidden"))
