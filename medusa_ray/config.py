@@ -74,7 +74,9 @@ class DistillConfig(Strict):
     )
     num_actors: int = Field(1, gt=0, description="Engine actors of Ray Data.")
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
-    max_new_tokens: int = Field(512, gt=0, description="Longest reply, in tokens.")
+    max_new_tokens: int = Field(
+        512, gt=0, description="Longest reply, in tokens; data.over_long says what of a given one that is longer."
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution."

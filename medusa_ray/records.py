@@ -119,7 +119,7 @@ def hidden_row(
     prompt_ids: list[int],
     reply_ids: list[int],
     hidden: bytes,
-    loss_on: str,
+    loss_on: str = "last",
     teacher_ids: list[int] | None = None,
     teacher_logprobs: list[float] | None = None,
 ) -> dict[str, Any]:
