@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medusa_ray import parts, provenance, records, train
+from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, medusa_loss, whole_cross_entropy
@@ -586,6 +587,55 @@ def scalars(heads: Path) -> dict[str, list[int]]:
         for value in event.summary.value:
             steps.setdefault(value.tag, []).append(event.step)
     return steps
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_captured_computed_and_streamed_states_train_alike(
+    tiny_base: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    """With soft labels, so that what the base says is the same as well."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (48,), generator=generator).tolist()
+    rows = [
+        {"id": f"{row}/0", "prompt_ids": [1, *torch.randint(6, 262, (length,), generator=generator).tolist()]}
+        for row, length in enumerate(lengths)
+    ]
+    for part in range(3):
+        table = pa.Table.from_pylist(rows[part::3], records.PROMPTS)
+        parts.write(str(tmp_path / "capture/prompts/train"), parts.part_name(part), table)
+    facts = {"splits": {"train": {"longest_prompt_tokens": 31}}}
+    provenance.write(str(tmp_path / "capture/prompts"), {}, {}, **facts)
+
+    def config_of(mode: str) -> RunConfig:
+        training = {"num_workers": 2, "batch_size": 16, "epochs": 2, "dtype": "float32", "logging_steps": 1}
+        raw = {
+            "output": str(tmp_path / mode),
+            "model": {"base": str(tiny_base), "dtype": "float32", "device": "cpu"},
+            "data": {"train": "unused"},
+            "distill": {"max_new_tokens": 12, "batch_size": 4},
+            "hidden": {"mode": mode, "top_k": 4, "num_actors": 2, "batch_tokens": 128},
+            "train": {**training, "labels": "soft", "held_out": 0.1, "eval_steps": 5},
+        }
+        return parse(RunConfig, raw, "test")
+
+    distill.run(config_of("capture"))
+    curves = {}
+    for mode in ("capture", "compute", "stream"):
+        config = config_of(mode)
+        if mode != "capture":
+            shutil.copytree(tmp_path / "capture/distilled", tmp_path / mode / "distilled")
+        hidden.run(config)
+        train.run(config)
+        curves[mode] = what_is_learnt(config)
+    assert not parts.names(config_of("stream").artifact("hidden"))
+    for mode in ("compute", "stream"):
+        for record, expected in zip(curves[mode], curves["capture"], strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+            assert record["head_loss"] == pytest.approx(expected["head_loss"], abs=1e-5)
+            assert record["top5"] == expected["top5"]
+            assert record.get("held_out", {}).get("tokens_per_step") == expected.get("held_out", {}).get("tokens_per_step")
+    assert curves["capture"][-1]["loss"] < 0.9 * curves["capture"][0]["loss"]
 
 
 @pytest.mark.ray
