@@ -274,7 +274,7 @@ class Engine:
 
     @torch.inference_mode()
     def _move_on(self) -> list[tuple[Sequence, Delta]]:
-        """Moves every running sequence on by one pass over its tree, and takes in what the steps read now have said."""
+        """Moves every running sequence on by one pass over its tree, and takes in what it says, or the one before."""
         if self._batch is None:
             return []
         started, deltas = time.perf_counter(), []
@@ -315,10 +315,9 @@ class Engine:
             # Now, for a graph's next run writes over the states at its nodes.
             walk_BD = tree.walk_ND[outcome.verdict_BX[:, 0].long()]
             hidden_BDC = outcome.hidden_BWC[self._node_N[: len(walk_BD), None], walk_BD]
-        verdict_BX, event = outcome.verdict_BX.to("cpu", non_blocking=True), None  # into pinned memory
-        if outcome.verdict_BX.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+        verdict_BX = outcome.verdict_BX.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        device = outcome.verdict_BX.device
+        event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         return Launched(list(running), tree, verdict_BX, hidden_BDC, event)
 
     def _try(self, batch: Batch, tree: Tree, longest: int) -> Outcome:
