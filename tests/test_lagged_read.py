@@ -48,7 +48,7 @@ class Late:
     def __init__(self, engine: Engine) -> None:
         self.order: list[str] = []
         self.num_launched = 0
-        self.fails_at = 0
+        self.on_read: Callable[[int], None] = lambda number: None
         self._pass, self._launch = engine._pass, engine._launch
         engine._pass, engine._launch = self.run, self.launch  # type: ignore[method-assign]
 
@@ -64,8 +64,7 @@ class Late:
 
         def arrive() -> None:
             self.order.append(f"read {number}")
-            if number == self.fails_at:
-                raise RuntimeError("an illegal memory access")
+            self.on_read(number)
             there_BX.copy_(step.verdict_BX)
 
         return replace(step, verdict_BX=there_BX, event=SimpleNamespace(synchronize=arrive))
@@ -145,22 +144,40 @@ def test_what_comes_after_the_end_is_neither_said_nor_counted(engine_of, cut):
 
 
 def test_acceptance_is_learnt_of_what_is_said_alone(engine_of, prompts, plain_replies):
-    """After the last reply's end there is a step of nobody, of whose rows no share can be taken."""
+    """When those with guesses have ended, a step of the whole tree is unread whose only row had none: of no walks no
+    share can be taken."""
     known = dict(zip(map(tuple, prompts), plain_replies, strict=True))
-    chances, took = [], []
+    chances = []
     for lags in (False, True):
         engine = engine_of(CHAIN, known, is_adaptive=True, lags=lags)
         engine.sizer = TreeSizer(CHAIN, {1: dict.fromkeys(engine.trees, 1.0)})
         engine.sizer.pick = lambda num_rows, share: len(CHAIN)
-        steps: list[tuple[int, int]] = []
-        engine.sizer.took = lambda rows, size, s, steps=steps: steps.append((rows, size))
-        requests = [Request(p, 14 + 4 * (i % 2)) for i, p in enumerate(prompts[:5])]
+        requests = [Request(p, 14 + 4 * (i % 2), speculates=i < 4) for i, p in enumerate(prompts[:5])]
         finish(engine, requests)
         chances.append(engine.sizer.chances)
-        took.append(steps)
     assert chances[0] == chances[1]
     assert chances[0][1] > 0.5
-    assert took[1][: len(took[0]) // 2] == took[0][: len(took[0]) // 2] != []
+
+
+def test_the_time_of_a_step_is_that_from_read_to_read(engine_of, monkeypatch):
+    """Two are read in one call when somebody joins whose grammar needs the host."""
+    now_s, took = 0.0, []
+
+    def wait(number: int) -> None:
+        nonlocal now_s
+        now_s += number
+
+    monkeypatch.setattr("medusa_ray.medusa.engine.time", SimpleNamespace(perf_counter=lambda: now_s))
+    engine = engine_of()
+    engine.sizer = SimpleNamespace(took=lambda *step: took.append(step), learn=lambda *_: None)
+    Late(engine).on_read = wait
+    engine.add(Request([1, 7, 9], max_new_tokens=6, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    engine.add(Request([1, 8, 9], max_new_tokens=3, ignore_eos=True, allowed_tokens=Rising()))
+    while engine.scheduler.num_open:
+        engine.step()
+    assert took == [(1, 1, 1.0), (1, 1, 2.0), (1, 1, 3.0), (2, 1, 4.0), (2, 1, 5.0)]
 
 
 def test_a_reply_as_long_as_there_is_room_has_pages_for_the_step_after_it(engine_of):
@@ -224,9 +241,13 @@ def test_a_batch_whose_host_must_know_the_tokens_is_read_at_once(engine_of, sett
 def test_a_device_that_fails_ends_the_streams_as_it_does_without_lag(engine_of):
     """On a GPU an error of a step shows when the host waits for it."""
     engine = engine_of()
-    Late(engine).fails_at = 3
-
     num_tokens = 0
+
+    def fail(number: int) -> None:
+        if number == 3:
+            raise RuntimeError("an illegal memory access")
+
+    Late(engine).on_read = fail
 
     async def read() -> None:
         nonlocal num_tokens

@@ -341,7 +341,9 @@ class Engine:
         allowed_BNV = self._allowed(self.scheduler.running, batch.sampling, token_BN, tree)
         position_BN = batch.ahead.length_B[:, None] + tree.depth_N + 1
         verdict = decide(logits_BNV, token_BN, position_BN, tree, batch.sampling, batch.history, allowed_BNV)
-        if not all(tree.is_in_place):
+        # To look where the walks end would wait for the device; where it is the host, moving them costs more.
+        ends = range(len(tree)) if self.lags else verdict.node_B.tolist()
+        if not all(tree.is_in_place[end] for end in ends):
             walk_BD = tree.walk_ND[verdict.node_B]
             compact(self.cache.keys, self.cache.values, table_BP, batch.ahead.length_B, walk_BD)
         if batch.history is not None:
