@@ -29,13 +29,15 @@ def packs(
 ) -> Iterator[list[list[int]]]:
     """Sequences by number, dealt into passes of rows: no pass of more tokens unless a single sequence has more.
 
-    Rows are as long as the longest sequence left, or row_tokens if that is more, and are filled with the longest that
+    Rows are as long as the longest sequence left, or row_tokens if that holds several, and filled with the longest that
     still fit: what attention costs grows with the length of a row, and what padding costs falls.
     shares_rows: otherwise each row is one sequence, beside others of about its length.
     """
     left = sorted(range(len(lengths)), key=lengths.__getitem__)
     while left:
-        width = max(lengths[left[-1]], min(row_tokens, pass_tokens) if shares_rows else 0)
+        width, wide = lengths[left[-1]], min(row_tokens, pass_tokens)
+        if shares_rows and wide >= 4 * width:  # with fewer in a row, what is left over at its end outweighs the rest
+            width = wide
         rows: list[list[int]] = []
         while left and len(rows) < max(1, pass_tokens // width):
             rows.append([])
