@@ -119,7 +119,10 @@ def worker(config: dict[str, Any]) -> str | None:
     """Returns why training had to stop, or None when heads/ is written."""
     job: Job = config["job"]
     run = Run(
-        job, ray.train.get_context().get_world_rank(), ray.get(config["output_layer"]), ray.get(config["counts"])
+        job,
+        ray.train.get_context().get_world_rank(),
+        ray.get(config["output_layer"]),
+        ray.get(config["counts"]),
     )
     problem = run.take_steps()
     if problem is None:
