@@ -3,9 +3,9 @@
     python tests/training_speed.py --distilled medusa-demo/distilled           # the demo's rows on its base
     python tests/training_speed.py --shape llama-8b --device cuda --dtype bfloat16    # random weights and tokens
 
-Three arms train the same heads for the same epochs on the same rows, in turns. Online: each batch of rows, padded to its
-longest, goes through the base, then its labels through the heads. Cached: one packed pass of the base, then batches of as
-many labels from its states. Captured: the states are there, for distillation computed them anyway.
+Three arms train the same heads for the same epochs on the same rows, in turns. Online: each batch of rows, padded to
+its longest, goes through the base, then its labels through the heads. Cached: one packed pass of the base, then batches
+of as many labels from its states. Captured: the states are there, for distillation computed them anyway.
 """
 
 import argparse

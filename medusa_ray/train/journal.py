@@ -4,6 +4,8 @@
 """
 
 import json
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import fsspec
 from medusa_ray.config import TrainConfig, UserError
 
 CURVE = "training.jsonl"
+WRITE_S = 1.0  # at least, between two times that it is written
 Log = Callable[[dict[str, float], int], None]  # figures by name, of a step
 
 
@@ -21,7 +24,7 @@ class Journal:
 
         Raises UserError when a tracker's package is missing.
         """
-        self.history = history
+        self.history, self.written_s = history, -math.inf
         self.filesystem, self.folder = fsspec.core.url_to_fs(heads)
         self.filesystem.makedirs(self.folder, exist_ok=True)
         first = history[-1]["step"] + 1 if history else 0
@@ -32,12 +35,17 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         """record: a line of training.jsonl (records.py)."""
         self.history.append(record)
-        # Written whole: object stores cannot append, and what a resumed run repeats must not be there twice.
-        text = "".join(json.dumps(line) + "\n" for line in self.history)
-        self.filesystem.pipe_file(f"{self.folder}/{CURVE}", text.encode())
+        if time.monotonic() - self.written_s > WRITE_S:
+            self.write()
         figures = dict(flat(record))
         for log in self.logs:
             log(figures, record["step"])
+
+    def write(self) -> None:
+        """Whole: object stores cannot append, and what a resumed run repeats must not be there twice."""
+        text = "".join(json.dumps(line) + "\n" for line in self.history)
+        self.filesystem.pipe_file(f"{self.folder}/{CURVE}", text.encode())
+        self.written_s = time.monotonic()
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
