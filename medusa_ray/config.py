@@ -118,6 +118,18 @@ class HeadsConfig(Strict):
         description="Heads guess only so many tokens, those that training labels name most often; null: all tokens.",
     )
 
+    def flops_per_position(self, hidden_size: int, vocab_size: int) -> float:
+        """Floating-point operations of training all heads at one position, nothing computed twice.
+
+        vocab_size: of the tokens that they guess. A matrix product costs two per weight forward, two for the gradient
+        of its input and two for that of its weight, where these are wanted.
+        """
+        square, output = hidden_size**2, hidden_size * vocab_size
+        blocks = 6 * self.num_layers * square - 2 * square  # nobody wants the gradient of the base's states
+        low_rank = self.rank * (hidden_size + vocab_size)
+        outputs = {"own": 6 * output, "shared": 4 * output, "lowrank": 4 * output + 6 * low_rank}
+        return self.num_heads * (blocks + outputs[self.layout])
+
 
 class TrainConfig(Strict):
     """Training of the heads by Ray Train workers, each with a DeepSpeed engine."""

@@ -75,7 +75,7 @@ def test_twenty_kills_lose_no_step_and_count_none_twice(ray_cluster: None, tmp_p
 
 @pytest.fixture(scope="module")
 def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
-    """The demo's base on its own replies to 1,200 chats: heads that learnt tokens, and heads that learnt from the base."""
+    """The demo's base, its replies to 1,200 chats, heads that learnt these and heads that learnt what it thought."""
     folder = tmp_path_factory.mktemp("demo")
     for split, number in (("train", 1200), ("test", 250)):
         text = "".join(json.dumps(chat) + "\n" for chat in chats.chats(split, number))

@@ -27,7 +27,7 @@ from medusa_ray.train.feed import Feed, Wanted, from_base, from_disk
 from medusa_ray.train.journal import Journal
 from medusa_ray.train.order import Ints, Plan
 from medusa_ray.train.rows import Batch, Form
-from medusa_ray.train.watch import Meter, StopFile, Trace, flops_per_position, judge, sums_of
+from medusa_ray.train.watch import Meter, StopFile, Trace, judge, sums_of
 
 STOP = "stop"  # a file in training/: save and leave
 STOPPED = "stopped"  # what a worker returns then
@@ -151,7 +151,7 @@ class Run:
         self.held_out = list(self.feed.rows(job.held_out[self.rank :: job.train.num_workers]))
         self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
         self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
-        flops = flops_per_position(job.heads, job.form.hidden_size, model.heads.draft_vocab_size)
+        flops = job.heads.flops_per_position(job.form.hidden_size, model.heads.draft_vocab_size)
         self.meter = Meter(self.engine.device, model.dtype, flops, job.train.num_workers)
         self.trace = Trace(job.train.profile_steps, job.output) if self.rank == 0 else None
         weights = torch.full((job.heads.num_heads,), job.train.head_weight, device=self.engine.device)
