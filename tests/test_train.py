@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,11 @@ from medusa_ray.train import checkpoints, order
 from medusa_ray.train.corpus import Corpus, is_held_out
 from medusa_ray.train.engine import HeadTrainer, deepspeed_config
 from medusa_ray.train.feed import Feed, from_disk
-from medusa_ray.train.journal import CURVE, read_curve
+from medusa_ray.train.journal import CURVE, Journal, check_trackers, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
 from medusa_ray.train.worker import Job, Run, State, learning_rate
+from medusa_ray.train.watch import Trace
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
@@ -393,6 +396,59 @@ def test_lines_of_the_curve_are_logged_as_they_are_written(
     assert caplog.messages == [expected]
 
 
+class Recorder(ModuleType):
+    """Stands for a tracker's package: whatever is called is written down."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*arguments: Any, **named: Any) -> "Recorder":
+            self.calls.append((name, (arguments, named)))
+            return self
+
+        return called
+
+
+@pytest.mark.parametrize(("tracker", "log"), [("wandb", "log"), ("mlflow", "log_metrics")])
+def test_trackers_are_told_what_the_curve_says(
+    tracker: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Recorder(tracker)
+    monkeypatch.setitem(sys.modules, tracker, told)
+    journal = Journal(str(tmp_path / "my_run/heads"), TrainConfig(trackers=[tracker]), [])
+    judged = {"loss": 2.0, "top1": [0.3, 0.1], "tokens_per_step": {"chain": 1.5}}
+    journal.add({"step": 10, "loss": 1.0, "top1": [0.5, 0.25], "held_out": judged})
+    expected = {
+        "loss": 1.0, "top1/head_0": 0.5, "top1/head_1": 0.25, "held_out/loss": 2.0, "held_out/top1/head_0": 0.3,
+        "held_out/top1/head_1": 0.1, "held_out/tokens_per_step/chain": 1.5,
+    }  # fmt: skip
+    assert told.calls[-1] == (log, ((expected,), {"step": 10}))
+    assert "my_run" in str(told.calls)
+    with pytest.raises(
+        UserError, match=r"has 'wandb', but there is no package of that name. pip install wandb"
+    ):
+        monkeypatch.delitem(sys.modules, tracker)
+        check_trackers(TrainConfig(trackers=["wandb"]))
+
+
+def test_a_trace_of_some_steps_is_written(tmp_path: Path) -> None:
+    trace = Trace((2, 3), str(tmp_path))
+    for step in range(1, 5):
+        trace.before(step)
+        torch.ones(3 + step).sum()
+        trace.after(step)
+        assert (tmp_path / "trace.json").exists() == (step >= 3)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    shapes = [event.get("args", {}).get("Input Dims") for event in events]
+    assert [[5], []] in shapes
+    assert [[4], []] not in shapes
+
+
 # ------------------------------------------------------------------------------------------------ with Ray
 
 
@@ -524,6 +580,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_heads(ray_cluster: None, tm
     ).read_bytes()
     # The newest TensorBoard file is of the last start, which did not begin anew.
     assert min(scalars(tmp_path / "killed/heads")["loss"]) > 50
+
+    # Defect D11: of the base there is nothing.
+    saved = checkpoints.newest(str(tmp_path / "whole/training")).tensors
+    names = [
+        f"heads.{h}.{name}" for h in range(3) for name in ("0.linear.bias", "0.linear.weight", "1.weight")
+    ]
+    assert saved.keys() == {
+        f"{kind}/{name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in names
+    }
 
     # What the undisturbed run left behind.
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"base", "hidden", "heads", "training"}
