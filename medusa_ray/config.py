@@ -74,7 +74,9 @@ class DistillConfig(Strict):
     )
     num_actors: int = Field(1, gt=0, description="Engine actors of Ray Data.")
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
-    max_new_tokens: int = Field(512, gt=0, description="Longest reply, in tokens.")
+    max_new_tokens: int = Field(
+        512, gt=0, description="Longest reply, in tokens; data.over_long says what of a given one that is longer."
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution."
@@ -115,6 +117,18 @@ class HeadsConfig(Strict):
         gt=0,
         description="Heads guess only so many tokens, those that training labels name most often; null: all tokens.",
     )
+
+    def flops_per_position(self, hidden_size: int, vocab_size: int) -> float:
+        """Floating-point operations of training all heads at one position, nothing computed twice.
+
+        vocab_size: of the tokens that they guess. A matrix product costs two per weight forward, two for the gradient
+        of its input and two for that of its weight, where these are wanted.
+        """
+        square, output = hidden_size**2, hidden_size * vocab_size
+        blocks = 6 * self.num_layers * square - 2 * square  # nobody wants the gradient of the base's states
+        low_rank = self.rank * (hidden_size + vocab_size)
+        outputs = {"own": 6 * output, "shared": 4 * output, "lowrank": 4 * output + 6 * low_rank}
+        return self.num_heads * (blocks + outputs[self.layout])
 
 
 class TrainConfig(Strict):
@@ -424,11 +438,11 @@ LEGACY_FLAGS = {
     "output_dir": "output",
     "bf16": "train.dtype",
     "tf32": "train.tf32",
-    "deepspeed": "train.zero_stage, or a file in train.deepspeed",
+    "deepspeed": "train.deepspeed",
     "eval_strategy": "train.eval_steps",
     "evaluation_strategy": "train.eval_steps",
     "warmup_ratio": "train.warmup_steps",
-    "lazy_preprocess": "nothing: hidden states are computed once, before training",
+    "lazy_preprocess": "hidden.mode",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "lr_scheduler_type": "train.lr_scheduler",

@@ -60,8 +60,11 @@ class Oracle(MedusaHeads):
             return guess_BHK
         global seconds_away
         asked = true_clock()
+        assert self.engine._batch is not None
+        lengths = self.engine._batch.ahead.length_B.tolist()  # the host may not have read the last step yet
         for row, sequence in enumerate(self.engine.scheduler.running[: len(hidden_BC)]):
-            coming = self.replies[tuple(sequence.request.prompt_ids)][len(sequence.token_ids) :]
+            prompt = sequence.request.prompt_ids
+            coming = self.replies[tuple(prompt)][lengths[row] + 1 - len(prompt) :]
             for head, token in enumerate(coming[: self.num_heads]):
                 draw = self.random.random()
                 best, second = SKILL[head]

@@ -9,7 +9,8 @@ from torch import Tensor
 class OracleHeads:
     """Guesses from known replies: right with chance `skill`, at a random rank; wrong tokens otherwise.
 
-    The state alone does not tell where a sequence stands, so the test hands over the engine's own sequences.
+    The state alone does not tell where a sequence stands, so the test hands over the engine's own sequences; how far
+    they are, the batch knows: the host may not have read it yet.
     """
 
     layout = "own"
@@ -31,8 +32,10 @@ class OracleHeads:
 
     def topk(self, hidden_BC: Tensor, k: int) -> Tensor:
         rows = []
-        for sequence in self.engine.scheduler.running[: len(hidden_BC)]:
-            coming = self.replies[tuple(sequence.request.prompt_ids)][len(sequence.token_ids) :]
+        lengths = self.engine._batch.ahead.length_B.tolist()
+        for sequence, length in zip(self.engine.scheduler.running[: len(hidden_BC)], lengths, strict=True):
+            prompt = sequence.request.prompt_ids
+            coming = self.replies[tuple(prompt)][length + 1 - len(prompt) :]
             rows.append([self._guesses(coming[h : h + 1], k) for h in range(self.num_heads)])
         return torch.tensor(rows, device=hidden_BC.device)
 

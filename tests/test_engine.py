@@ -14,6 +14,7 @@ from fake_heads import OracleHeads
 from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa.backbone import Backbone
+from medusa_ray.medusa.cache import PagedCache
 from medusa_ray.medusa.engine import Engine, Request
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.scheduler import Sequence
@@ -35,11 +36,11 @@ def engine_of(base: Path, tree: Tree | None = None, **options) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 12])
+@pytest.mark.parametrize(("batch_size", "lags"), [(1, False), (1, True), (4, True), (12, False)])
 @pytest.mark.parametrize("tree", [None, "chain", "tree"])
-def test_greedy_replies_equal_those_of_generate(tiny_base, prompts, plain_replies, tree, batch_size):
+def test_greedy_replies_equal_those_of_generate(tiny_base, prompts, plain_replies, tree, batch_size, lags):
     """A mask off by one, a wrong position or a missed move still gives fluent text; only equality shows it."""
-    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=batch_size)
+    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=batch_size, lags=lags)
     if tree:
         engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
     done = engine.generate(prompts, max_new_tokens=40)
@@ -54,25 +55,25 @@ def test_greedy_replies_equal_those_of_generate(tiny_base, prompts, plain_replie
     assert engine.cache.num_free_pages == len(engine.cache.keys[0]) // 64 - 1, "pages were not given back"
 
 
-@pytest.mark.parametrize("tree", ["chain", "tree"])
-def test_seeded_sampling_gives_the_baselines_tokens_with_any_tree(tiny_base, prompts, tree):
+@pytest.mark.parametrize(("tree", "lags"), [("chain", False), ("tree", False), ("tree", True)])
+def test_seeded_sampling_gives_the_baselines_tokens_with_any_tree(tiny_base, prompts, tree, lags):
     settings = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": list(range(len(prompts)))}
     alone = [
         engine_of(tiny_base).generate([p], **{**settings, "seed": s})[0].token_ids
         for s, p in enumerate(prompts)
     ]
-    engine = engine_of(tiny_base, TREES[tree], max_batch_size=5)
+    engine = engine_of(tiny_base, TREES[tree], max_batch_size=5, lags=lags)
     engine.heads.replies = {tuple(p): r for p, r in zip(prompts, alone, strict=True)}
     done = engine.generate(prompts, **settings)
     assert [d.token_ids for d in done] == alone
     assert sum(map(len, alone)) / sum(d.num_steps for d in done) > 1.3
 
 
-@pytest.mark.parametrize("tree", [None, "tree"])
-def test_prompts_in_pieces_give_the_same_replies(tiny_base, prompts, plain_replies, tree, monkeypatch):
+@pytest.mark.parametrize(("tree", "lags"), [(None, False), ("tree", False), ("tree", True)])
+def test_prompts_in_pieces_give_the_same_replies(tiny_base, prompts, plain_replies, tree, lags, monkeypatch):
     """A piece that forgets the one before it, or sees its own padding, still gives fluent text."""
     monkeypatch.setattr("medusa_ray.medusa.engine.PREFILL_TOKENS", 16)
-    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=5)
+    engine = engine_of(tiny_base, TREES.get(tree), max_batch_size=5, lags=lags)
     if tree:
         engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
     assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
@@ -133,7 +134,8 @@ def random_schedule(
     "num_schedules", [25, pytest.param(1000, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)])]
 )
 def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_schedules, monkeypatch):
-    """Whoever joins, leaves or is cancelled beside it, and in however many pieces its prompt is taken in."""
+    """Whoever joins, leaves or is cancelled beside it, in however many pieces its prompt is taken in, and whether steps
+    are read at once or one behind."""
     requests = [
         Request(
             p, max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=i, speculates=i % 4 != 1
@@ -147,19 +149,24 @@ def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_
         )[0].token_ids
         for r in requests
     ]
-    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160)
-    engine.heads.replies = {tuple(r.prompt_ids): reply for r, reply in zip(requests, alone, strict=True)}
+    engines = [
+        engine_of(tiny_base, TREES["tree"], max_batch_size=6, max_total_tokens=160, lags=lags)
+        for lags in (False, True)
+    ]
+    for engine in engines:
+        engine.heads.replies = {tuple(r.prompt_ids): reply for r, reply in zip(requests, alone, strict=True)}
     ticks = itertools.count()  # a clock that a step, or an `add` with a deadline, moves on
     monkeypatch.setattr("medusa_ray.medusa.scheduler.time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    free, seen, share = engine.cache.num_free_pages, Counter(), engine.cache.share
+    free, seen, share = [engine.cache.num_free_pages for engine in engines], Counter(), PagedCache.share
 
-    def counted_share(prompt_ids):
-        pages = share(prompt_ids)
+    def counted_share(cache, prompt_ids):
+        pages = share(cache, prompt_ids)
         seen["shares a beginning"] += bool(pages)
         return pages
 
-    monkeypatch.setattr(engine.cache, "share", counted_share)
+    monkeypatch.setattr(PagedCache, "share", counted_share)
     for seed in range(num_schedules):
+        engine = engines[seed % 2]
         monkeypatch.setattr(
             "medusa_ray.medusa.engine.PREFILL_TOKENS", random.Random(seed).choice([16, 64, 512])
         )
@@ -169,7 +176,7 @@ def test_a_request_gives_the_same_reply_in_any_schedule(tiny_base, prompts, num_
                 assert sequence.token_ids == expected[: len(sequence.token_ids)]
             else:
                 assert sequence.token_ids == expected
-        assert engine.cache.num_free_pages == free
+        assert engine.cache.num_free_pages == free[seed % 2]
     print(dict(seen))
     ways = itertools.product(("cancelled", "deadline"), ("waiting", "joining", "running"))
     wanted = ["length, running", "in pieces", "shares a beginning", *map(", ".join, ways)]
@@ -197,8 +204,9 @@ def test_step_times_cover_every_size_up_to_a_full_batch(tiny_base):
     assert min(seconds for row in times.values() for seconds in row.values()) > 0
 
 
-def test_captured_hidden_states_are_those_of_a_plain_forward(tiny_base, prompts, plain_replies):
-    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=4)
+@pytest.mark.parametrize("lags", [False, True])
+def test_captured_hidden_states_are_those_of_a_plain_forward(tiny_base, prompts, plain_replies, lags):
+    engine = engine_of(tiny_base, TREES["tree"], max_batch_size=4, lags=lags)
     engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
     done = engine.generate(prompts, max_new_tokens=40, capture_hidden=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -213,7 +221,7 @@ def test_eos_and_the_limit_cut_inside_an_accepted_run(tiny_base, prompts, plain_
     """An EOS that is an accepted guess must end the reply there, although the walk goes on behind it."""
     reply = plain_replies[0]
     for cut in range(1, 12):
-        engine = engine_of(tiny_base, TREES["chain"])
+        engine = engine_of(tiny_base, TREES["chain"], lags=cut % 2 == 0)
         engine.heads.skill, engine.heads.replies = 1.0, {tuple(prompts[0]): reply}
         assert engine.generate([prompts[0]], max_new_tokens=cut)[0].token_ids == reply[:cut]
         stop = Request(prompts[0], max_new_tokens=40, stop_ids=(reply[cut],))
@@ -224,8 +232,9 @@ def test_eos_and_the_limit_cut_inside_an_accepted_run(tiny_base, prompts, plain_
         assert sequence.token_ids == reply[: reply.index(reply[cut]) + 1]
 
 
-def test_a_stream_gives_one_delta_a_step_and_leaving_it_frees_its_pages(tiny_base, prompts):
-    engine = engine_of(tiny_base, max_batch_size=3)
+@pytest.mark.parametrize("lags", [False, True])
+def test_a_stream_gives_one_delta_a_step_and_leaving_it_frees_its_pages(tiny_base, prompts, lags):
+    engine = engine_of(tiny_base, max_batch_size=3, lags=lags)
     free = engine.cache.num_free_pages
 
     async def read(prompt: list[int], limit: int) -> list[int]:
@@ -254,9 +263,10 @@ def test_a_stream_gives_one_delta_a_step_and_leaving_it_frees_its_pages(tiny_bas
     assert all(e.token_ids[: len(r)] == r for e, r in zip(expected, replies, strict=True))
 
 
-def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, monkeypatch):
+@pytest.mark.parametrize("lags", [False, True])
+def test_a_first_token_does_not_wait_for_the_step_after_it(tiny_base, prompts, monkeypatch, lags):
     """Handed over with the step's own tokens it still arrives, a step late: the slower the step, the later."""
-    engine = engine_of(tiny_base)
+    engine = engine_of(tiny_base, lags=lags)
     is_read, move_on = threading.Event(), engine._move_on
 
     def wait_then_move_on():

@@ -172,6 +172,7 @@ def assert_nothing_is_left(engine: Engine, held: list[int]) -> None:
     assert scheduler.num_open == 0
     assert not engine._readers
     assert engine._batch is None
+    assert not engine._unread
     num_pages = len(cache.keys[0]) // PAGE_SIZE - 1
     assert cache.num_free_pages == num_pages - len(held)
     assert [page for page, num in enumerate(cache._num_users) if num] == sorted(held), (
@@ -183,13 +184,17 @@ def assert_nothing_is_left(engine: Engine, held: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_requests", "num_before"),
+    ("num_requests", "num_before", "lags"),
     [
-        (600, 300),
-        pytest.param(10_000, 1000, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)]),
+        (400, 200, False),
+        (400, 200, True),
+        pytest.param(10_000, 1000, False, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)]),
+        pytest.param(10_000, 1000, True, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)]),
     ],
 )
-def test_nothing_is_left_of_thousands_of_mixed_requests(tiny_base, monkeypatch, num_requests, num_before):
+def test_nothing_is_left_of_thousands_of_mixed_requests(
+    tiny_base, monkeypatch, num_requests, num_before, lags
+):
     """A page, a reader or a reply that is kept of one in a hundred ends a server after days."""
     monkeypatch.setattr("medusa_ray.medusa.engine.PREFILL_TOKENS", 64)
     requests = kinds_of_requests()
@@ -202,7 +207,7 @@ def test_nothing_is_left_of_thousands_of_mixed_requests(tiny_base, monkeypatch, 
         replies.append(sequence.token_ids)
     campaigns, held = [], []
     for seed in range(2):  # one for each way in, since an engine that has a thread is not stepped by hand
-        engine = engine_of(tiny_base, TREE)
+        engine = engine_of(tiny_base, TREE, lags=lags)
         engine.heads.replies = {
             tuple(r.prompt_ids): reply for r, reply in zip(requests, replies, strict=True)
         }

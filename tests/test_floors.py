@@ -21,7 +21,10 @@ FLOORS = {
     PAPER: {"config", "records", "provenance", "parts", "report"},
     MATHS: {
         f"medusa.{name}"
-        for name in ["tree", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels", "allocator"]
+        for name in (
+            *("tree", "ranks", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels"),
+            "allocator",
+        )
     },
     MODEL: {
         "chat",

@@ -112,7 +112,7 @@ def replaying(engine: Engine, rows: list[int] | None = None, forward: Any = None
         assert others[4].shape != token_BN.shape or len(token_BN) > rows[-1], "a step ran eagerly"
         return eager(token_BN, *others)
 
-    width = PagedCache.pages_for(engine.max_total_tokens + len(engine.tree))
+    width = PagedCache.pages_for(engine.max_total_tokens + engine.scheduler.num_slack)
     engine._pass = GraphedPass(
         eager if forward is None else forward, only_the_rest, rows, width, lambda: recorder
     )
@@ -144,14 +144,14 @@ def test_greedy_replies_equal_those_of_generate(engine_of, prompts, plain_replie
     assert recorder.num_replays > 5 * len(recorder.recordings)
 
 
-@pytest.mark.parametrize("tree", [None, "tree"])
-def test_replies_of_mixed_requests_that_come_and_go_are_the_eager_ones(engine_of, tree):
+@pytest.mark.parametrize(("tree", "lags"), [(None, False), ("tree", False), ("tree", True)])
+def test_replies_of_mixed_requests_that_come_and_go_are_the_eager_ones(engine_of, tree, lags):
     """Sampled, penalised, masked and plain ones share batches of changing size, and trees change from step to step."""
     requests = mixed_requests(0.8, 50) + [Request(prompt, 12) for prompt in prompts_of(20, seed=5)]
     requests += [Request([token], 12) for token in range(20, 28)]  # whose prompts are steps of one node
     random.Random(1).shuffle(requests)
     alone = [s.token_ids for s in run(engine_of(), requests)]
-    engine, recorder = replaying(engine_of(tree, is_adaptive=tree is not None))
+    engine, recorder = replaying(engine_of(tree, is_adaptive=tree is not None, lags=lags))
     rng = random.Random(0)
     if tree:
         engine._pick_tree = lambda: rng.choice(list(engine.trees.values()))  # type: ignore[method-assign]
@@ -175,11 +175,12 @@ def test_greedy_replies_outlive_the_one_token_prompts_that_join_them(engine_of):
     assert [s.token_ids for s in sequences] == expected
 
 
-def test_hidden_states_that_are_kept_are_those_of_their_step(engine_of, prompts, plain_replies):
+@pytest.mark.parametrize("lags", [False, True])
+def test_hidden_states_that_are_kept_are_those_of_their_step(engine_of, prompts, plain_replies, lags):
     outcomes = []
     for engine in (
         engine_of("tree", max_total_tokens=256),
-        replaying(engine_of("tree", max_total_tokens=256))[0],
+        replaying(engine_of("tree", max_total_tokens=256, lags=lags))[0],
     ):
         engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
         outcomes.append(engine.generate(prompts, 20, capture_hidden=True))

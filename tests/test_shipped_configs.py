@@ -54,7 +54,7 @@ def test_every_shipped_file_is_listed_in_its_folders_readme(folder: str) -> None
 
 
 def test_the_llama_run_is_the_blogs_flag_by_flag() -> None:
-    run = config.load(config.RunConfig, REPOSITORY / "train_configs" / "text_to_sql_llama31_8b.yaml")
+    run = config.load(config.RunConfig, REPOSITORY / "train_configs" / "llama31_8b_text_to_sql.yaml")
     train = run.train
     assert (train.epochs, train.gradient_accumulation_steps, train.num_workers) == (5, 4, 4)
     assert (train.learning_rate, train.lr_scheduler, train.warmup_steps, train.logging_steps) == (

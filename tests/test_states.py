@@ -129,15 +129,16 @@ def test_a_host_is_the_longest_sequence_that_begins_alike(sequences: list[list[i
         assert all(other == sequences[host] for other in begun)  # a host is no beginning of another
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.booleans())
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.integers(0, 300), st.booleans())
 def test_passes_hold_every_sequence_once_and_few_enough_tokens(
-    lengths: list[int], pass_tokens: int, shares_rows: bool
+    lengths: list[int], pass_tokens: int, row_tokens: int, shares_rows: bool
 ) -> None:
-    passes = list(packs(lengths, pass_tokens, shares_rows))
+    passes = list(packs(lengths, pass_tokens, row_tokens, shares_rows))
     assert sorted(i for rows in passes for row in rows for i in row) == list(range(len(lengths)))
     for rows in passes:
         width = max(sum(lengths[i] for i in row) for row in rows)
-        assert width == max(lengths[i] for row in rows for i in row)  # no row is longer than it must be
+        longest = max(lengths[i] for row in rows for i in row)
+        assert longest <= width <= (max(longest, row_tokens) if shares_rows else longest)
         assert len(rows) == 1 or len(rows) * width <= pass_tokens
         assert shares_rows or all(len(row) == 1 for row in rows)
 

@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,18 +21,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medusa_ray import parts, provenance, records, train
-from medusa_ray.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig, UserError, parse
+from medusa_ray import distill, hidden, parts, provenance, records, train
+from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, medusa_loss, whole_cross_entropy
 from medusa_ray.train import checkpoints, order
 from medusa_ray.train.corpus import Corpus, is_held_out
 from medusa_ray.train.engine import HeadTrainer, deepspeed_config
 from medusa_ray.train.feed import Feed, from_disk
-from medusa_ray.train.journal import CURVE, read_curve
+from medusa_ray.train.journal import CURVE, Journal, check_trackers, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
-from medusa_ray.train.worker import Job, Run, learning_rate
+from medusa_ray.train.worker import Job, Run, State, learning_rate
+from medusa_ray.train.watch import Trace
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
@@ -56,8 +61,13 @@ def write_run(folder: Path, num_rows: int = 60, states: str = "float32", **setti
         "data": {"train": "unused"},
         "heads": settings.pop("heads", {}),
         "train": {
-            "num_workers": 2, "batch_size": 8, "epochs": 2, "dtype": "float32", "held_out": 0, **settings
-        },  # fmt: skip
+            "num_workers": 2,
+            "batch_size": 8,
+            "epochs": 2,
+            "dtype": "float32",
+            "held_out": 0,
+            **settings,
+        },
     }
     return parse(RunConfig, raw_config, "test")
 
@@ -117,7 +127,9 @@ def test_a_part_is_labelled_as_its_rows_would_be_one_by_one(tmp_path: Path) -> N
     config = write_run(tmp_path, num_rows=0)
     for row, (prompt, reply) in enumerate([([1, 2, 3], [4, 5, 6, 7]), ([8], [9, 10]), ([1, 1], [2] * 9)]):
         raw = bytes(4 * V * (len(reply) - 1))
-        table = records.hidden_table([records.hidden_row(f"{row}/0/0", prompt, reply, raw, "last")], "float32", V)
+        table = records.hidden_table(
+            [records.hidden_row(f"{row}/0/0", prompt, reply, raw, "last")], "float32", V
+        )
         parts.write(config.artifact("hidden"), f"part-{row:06}", table)
     tables = [parts.read(config.artifact("hidden"), name) for name in parts.names(config.artifact("hidden"))]
     whole = places_of(pa.concat_tables(tables), 3).labels_NH
@@ -162,15 +174,19 @@ def test_windows_of_a_long_line_are_read_one_at_a_time(monkeypatch: pytest.Monke
     assert [piece.high - piece.low for piece in pieces] == [30, 60, 10]
     # Of the last window, the two rows that the stretch reaches into, and no other.
     assert len(pieces[-1].row_R) == 2
-    whole = [(part, row) for piece in line.pieces(((0, 240),)) for part, row in zip(piece.part_R, piece.row_R, strict=True)]
-    assert sorted(whole) == [(part, row) for part in range(12) for row in range(4)]
+    whole = [zip(piece.part_R, piece.row_R, strict=True) for piece in line.pieces(((0, 240),))]
+    assert sorted(pair for pairs in whole for pair in pairs) == [
+        (part, row) for part in range(12) for row in range(4)
+    ]
 
 
 def test_states_that_do_not_fill_their_positions_are_refused(tmp_path: Path) -> None:
     config = write_run(tmp_path, num_rows=3, num_workers=1)
     row = records.hidden_row("9/0/0", [1, 2], [3, 4, 5], bytes(4 * V), "last")
     parts.write(config.artifact("hidden"), "part-000009", records.hidden_table([row], "float32", V))
-    with pytest.raises(ValueError, match=r"row 9/0/0 of hidden/ has 96 bytes of states, but its positions need 192"):
+    with pytest.raises(
+        ValueError, match=r"row 9/0/0 of hidden/ has 96 bytes of states, but its positions need 192"
+    ):
         list(feed_of(config, 0).steps(epoch_of(config), 0, 8))
 
 
@@ -181,7 +197,9 @@ def test_held_out_chats_are_not_trained_on(tmp_path: Path) -> None:
     num_held = sum(map(len, held.values()))
     assert 6 <= num_held <= 18  # of 60
     assert corpus.num_positions == (60 - num_held) * (REPLY - 1)
-    seen = {name for step in feed_of(config, 0).steps(epoch_of(config), 0, 8) for b in step for name in b.id_N}
+    seen = {
+        name for step in feed_of(config, 0).steps(epoch_of(config), 0, 8) for b in step for name in b.id_N
+    }
     tables = {name: parts.read(config.artifact("hidden"), name)["id"].to_pylist() for name in corpus.names}
     assert not seen & {tables[name][row] for name, rows in held.items() for row in rows}
     assert is_held_out("chat/0/0", 0.5) == is_held_out("chat/7/1", 0.5)
@@ -227,42 +245,6 @@ def test_hidden_states_of_another_base_are_refused(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     with pytest.raises(UserError, match=r"part-000000.parquet has hidden_size=24 .* has a hidden size of 99"):
         Corpus.survey(config.artifact("hidden"), config, 99)
-
-
-def model_config(folder: Path) -> ModelConfig:
-    return ModelConfig(base=str(folder))
-
-
-@pytest.mark.parametrize(
-    "names", [["lm_head.weight", "model.embed_tokens.weight"], ["model.embed_tokens.weight"]]
-)
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_the_output_layer_is_found_where_the_base_keeps_it(
-    names: list[str], is_sharded: bool, tmp_path: Path
-) -> None:
-    """Tied embeddings are stored once, large models in several files."""
-    tensors = {name: torch.full((V, 2), float(number)) for number, name in enumerate(names)}
-    if is_sharded:
-        for number, name in enumerate(names):
-            save_file({name: tensors[name]}, tmp_path / f"{number}.safetensors")
-        index = {"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(names)}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    else:
-        save_file(tensors, tmp_path / "model.safetensors")
-    assert torch.equal(train.read_output_layer(model_config(tmp_path)), tensors[names[0]])
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [({}, "has no model.safetensors"), ({"wte": torch.zeros(2)}, r"has tensors \['wte'\]...")],
-)
-def test_a_base_without_an_output_layer_is_refused(
-    tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
-) -> None:
-    if tensors:
-        save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        train.read_output_layer(model_config(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ schedule
@@ -326,7 +308,7 @@ def test_a_deepspeed_file_of_ones_own_is_taken_where_it_agrees(tmp_path: Path) -
         found(BLOG_FILE)
     with pytest.raises(UserError, match=r"says gradient_clipping: 5.0, but train.max_grad_norm makes it 1.0"):
         found({"gradient_clipping": 5.0})
-    with pytest.raises(UserError, match="has a scheduler, but learning rates follow train.lr_scheduler"):
+    with pytest.raises(UserError, match=r"has a scheduler, but learning rates follow train\.lr_scheduler"):
         found({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}})
     with pytest.raises(UserError, match="cannot be read"):
         deepspeed_config(TrainConfig(deepspeed=str(tmp_path / "none.json")))
@@ -389,7 +371,9 @@ def test_the_unfinished_run_of_another_config_is_not_gone_on_with(tmp_path: Path
     assert not begin(0.1, num_workers=1)
     write_checkpoints(tmp_path / "training", 5)
     assert begin(0.1, num_workers=2)
-    with pytest.raises(UserError, match=r"is another: train.learning_rate was 0.1, and is 0.2. Set these back"):
+    with pytest.raises(
+        UserError, match=r"is another: train.learning_rate was 0.1, and is 0.2. Set these back"
+    ):
         begin(0.2)
     with pytest.raises(UserError, match="hidden was a, and is b"):
         begin(0.1, "b")
@@ -406,8 +390,63 @@ def test_lines_of_the_curve_are_logged_as_they_are_written(
     record["held_out"] = {"loss": 1.5, "tokens_per_step": {"chain": 1.234, "tree_8": 2.0}}
     with train.relayed(f"{tmp_path}/{CURVE}"):
         (tmp_path / CURVE).write_text(json.dumps(record) + "\n" + '{"step": 6, "lo')
-    expected = "stage=train step=5 of=10 loss=1.235 top1=0.500,0.250 held_out_loss=1.500 chain=1.23 tree_8=2.00"
+    expected = (
+        "stage=train step=5 of=10 loss=1.235 top1=0.500,0.250 held_out_loss=1.500 chain=1.23 tree_8=2.00"
+    )
     assert caplog.messages == [expected]
+
+
+class Recorder(ModuleType):
+    """Stands for a tracker's package: whatever is called is written down."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*arguments: Any, **named: Any) -> "Recorder":
+            self.calls.append((name, (arguments, named)))
+            return self
+
+        return called
+
+
+@pytest.mark.parametrize(("tracker", "log"), [("wandb", "log"), ("mlflow", "log_metrics")])
+def test_trackers_are_told_what_the_curve_says(
+    tracker: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Recorder(tracker)
+    monkeypatch.setitem(sys.modules, tracker, told)
+    journal = Journal(str(tmp_path / "my_run/heads"), TrainConfig(trackers=[tracker]), [])
+    judged = {"loss": 2.0, "top1": [0.3, 0.1], "tokens_per_step": {"chain": 1.5}}
+    journal.add({"step": 10, "loss": 1.0, "top1": [0.5, 0.25], "held_out": judged})
+    expected = {
+        "loss": 1.0, "top1/head_0": 0.5, "top1/head_1": 0.25, "held_out/loss": 2.0, "held_out/top1/head_0": 0.3,
+        "held_out/top1/head_1": 0.1, "held_out/tokens_per_step/chain": 1.5,
+    }  # fmt: skip
+    assert told.calls[-1] == (log, ((expected,), {"step": 10}))
+    assert "my_run" in str(told.calls)
+    with pytest.raises(
+        UserError, match=r"has 'wandb', but there is no package of that name. pip install wandb"
+    ):
+        monkeypatch.delitem(sys.modules, tracker)
+        check_trackers(TrainConfig(trackers=["wandb"]))
+
+
+def test_a_trace_of_some_steps_is_written(tmp_path: Path) -> None:
+    trace = Trace((2, 3), str(tmp_path))
+    for step in range(1, 5):
+        trace.before(step)
+        torch.ones(3 + step).sum()
+        trace.after(step)
+        assert (tmp_path / "trace.json").exists() == (step >= 3)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    shapes = [event.get("args", {}).get("Input Dims") for event in events]
+    assert [[5], []] in shapes
+    assert [[4], []] not in shapes
 
 
 # ------------------------------------------------------------------------------------------------ with Ray
@@ -415,6 +454,10 @@ def test_lines_of_the_curve_are_logged_as_they_are_written(
 
 def curve_of(config: RunConfig) -> list[dict[str, Any]]:
     return read_curve(f"{config.artifact('heads')}/{CURVE}")
+
+
+def changed(config: RunConfig, **settings: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
 def what_is_learnt(config: RunConfig) -> list[dict[str, Any]]:
@@ -468,7 +511,11 @@ def test_twenty_steps_lose_what_a_single_process_loses(
     for stage in range(4):
         (tmp_path / str(stage)).mkdir()
         configs.append(write_run(tmp_path / str(stage), **settings, zero_stage=stage, learning_rate=0.01))
-    for name, value in {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}.items():
+    for name, value in {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHDYNAMO_DISABLE": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     torch.multiprocessing.spawn(all_stages, (tmp_path / "meeting", configs), nprocs=num_workers)
     expected = reference_losses(configs[0])
@@ -476,3 +523,258 @@ def test_twenty_steps_lose_what_a_single_process_loses(
     assert expected[-1] < 0.9 * expected[0]
     for config in configs:
         assert [record["loss"] for record in curve_of(config)] == pytest.approx(expected, abs=1e-5)
+
+
+def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> None:
+    """SIGKILL for the younger training process of this test's cluster, once the curve is that far."""
+    while not ended.wait(0.02):
+        curve = curve_of(config)
+        if curve and curve[-1]["step"] >= step:
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            max(workers, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
+            return
+
+
+def stop_at(step: int, config: RunConfig) -> None:
+    """SIGTERM for this process, which is the driver, once the curve is that far."""
+    while not (curve := curve_of(config)) or curve[-1]["step"] < step:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_and_ends_with_the_same_heads(ray_cluster: None, tmp_path: Path) -> None:
+    """To the bit: the order of rows, the optimizer and the schedule have all come back."""
+    settings = {"batch_size": 4, "save_steps": 100, "learning_rate": 0.01, "max_failures": 0}
+    settings |= {"held_out": 0.1, "eval_steps": 150, "zero_stage": 2}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = (write_run(tmp_path / name, num_rows=160, **settings) for name in ("whole", "killed"))
+
+    assert train.run(whole) == whole.artifact("heads")
+    expected = what_is_learnt(whole)
+    num_steps = expected[-1]["step"]
+
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker_at, args=(250, killed, ended))
+    killer.start()
+    with pytest.raises(Exception, match="Training failed"):
+        train.run(killed)  # as if the driver had died: nothing is tidied up
+    ended.set()
+    killer.join()
+    assert provenance.read(killed.artifact("heads")) is None
+    training = tmp_path / "killed/training"
+    newest = checkpoints.names(str(training))[-1]
+    assert newest >= "step_00000200"
+    (training / newest / "weight.safetensors").write_bytes(b"what a full disk leaves")
+    with pytest.raises(
+        UserError, match=r"holds a run that is not over.*train.learning_rate was 0.01, and is 0.1"
+    ):
+        train.run(changed(killed, learning_rate=0.1))
+
+    train.run(killed)
+    assert what_is_learnt(killed) == expected
+    assert (tmp_path / "killed/heads" / WEIGHTS).read_bytes() == (
+        tmp_path / "whole/heads" / WEIGHTS
+    ).read_bytes()
+    # The newest TensorBoard file is of the last start, which did not begin anew.
+    assert min(scalars(tmp_path / "killed/heads")["loss"]) > 50
+
+    # Defect D11: of the base there is nothing.
+    saved = checkpoints.newest(str(tmp_path / "whole/training")).tensors
+    names = [
+        f"heads.{h}.{name}" for h in range(3) for name in ("0.linear.bias", "0.linear.weight", "1.weight")
+    ]
+    assert saved.keys() == {
+        f"{kind}/{name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in names
+    }
+
+    # What the undisturbed run left behind.
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"base", "hidden", "heads", "training"}
+    files = {"config.json", WEIGHTS, CURVE, "tensorboard", provenance.FILE}
+    assert {path.name for path in (tmp_path / "whole/heads").iterdir()} == files
+    assert expected[0]["learning_rate"] == pytest.approx(0.01 * 10 / 40)
+    judged = [record["held_out"] for record in expected if "held_out" in record]
+    assert [record["step"] for record in expected if "held_out" in record] == [150, 300, num_steps]
+    assert judged[-1]["top1"] == [1.0, 1.0, 1.0]
+    assert judged[-1]["tokens_per_step"]["chain"] == pytest.approx(10 / 3)  # 4, 4 and 2 of 10
+    names = {"loss", "learning_rate", "epoch", "of", "positions_per_s", "memory_gib", "share_of_peak"}
+    names |= {f"{what}/head_{head}" for what in ("head_loss", "top1", "top5") for head in range(3)}
+    assert names <= scalars(tmp_path / "whole/heads").keys()
+    record = provenance.read(whole.artifact("heads"))
+    assert record is not None
+    assert record["num_steps"] == num_steps
+    assert record["num_positions"] == (160 - record["num_held_out"]) * (REPLY - 1)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_fewer_workers_go_on_with_what_more_have_left(ray_cluster: None, tmp_path: Path) -> None:
+    """Told to stop, a run saves first; then another number of workers takes each position that is left, once."""
+    config = write_run(tmp_path, num_rows=160, batch_size=4, logging_steps=1, num_workers=3)
+    stop = threading.Thread(target=stop_at, args=(30, config))
+    stop.start()
+    with pytest.raises(SystemExit) as ended:
+        train.run(config)
+    stop.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    saved = checkpoints.newest(str(tmp_path / "training")).state
+    assert saved["step"] == curve_of(config)[-1]["step"] >= 30
+
+    fewer = changed(config, num_workers=2)
+    train.run(fewer)
+    curve = curve_of(config)
+    assert [record["step"] for record in curve] == list(range(1, curve[-1]["step"] + 1))
+    plan = State.of(saved, Job.of(fewer, corpus_of(fewer), None, "cpu")).plan
+    steps_left = plan.num_steps + (config.train.epochs - plan.epoch - 1) * 200
+    assert curve[-1]["step"] == saved["step"] + steps_left
+
+
+def scalars(heads: Path) -> dict[str, list[int]]:
+    """Steps of each curve in the newest TensorBoard file."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    newest = max((heads / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    steps: dict[str, list[int]] = {}
+    for event in EventFileLoader(str(newest)).Load():
+        for value in event.summary.value:
+            steps.setdefault(value.tag, []).append(event.step)
+    return steps
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_captured_computed_and_streamed_states_train_alike(
+    tiny_base: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    """With soft labels, so that what the base says is the same as well."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (48,), generator=generator).tolist()
+    rows = [
+        {"id": f"{row}/0", "prompt_ids": [1, *torch.randint(6, 262, (length,), generator=generator).tolist()]}
+        for row, length in enumerate(lengths)
+    ]
+    for part in range(3):
+        table = pa.Table.from_pylist(rows[part::3], records.PROMPTS)
+        parts.write(str(tmp_path / "capture/prompts/train"), parts.part_name(part), table)
+    facts = {"splits": {"train": {"longest_prompt_tokens": 31}}}
+    provenance.write(str(tmp_path / "capture/prompts"), {}, {}, **facts)
+
+    def config_of(mode: str) -> RunConfig:
+        training = {"num_workers": 2, "batch_size": 16, "epochs": 2, "dtype": "float32", "logging_steps": 1}
+        raw = {
+            "output": str(tmp_path / mode),
+            "model": {"base": str(tiny_base), "dtype": "float32", "device": "cpu"},
+            "data": {"train": "unused"},
+            "distill": {"max_new_tokens": 12, "batch_size": 4},
+            "hidden": {"mode": mode, "top_k": 4, "num_actors": 2, "batch_tokens": 128},
+            "train": {**training, "labels": "soft", "held_out": 0.1, "eval_steps": 5},
+        }
+        return parse(RunConfig, raw, "test")
+
+    distill.run(config_of("capture"))
+    curves = {}
+    for mode in ("capture", "compute", "stream"):
+        config = config_of(mode)
+        if mode != "capture":
+            shutil.copytree(tmp_path / "capture/distilled", tmp_path / mode / "distilled")
+        hidden.run(config)
+        train.run(config)
+        curves[mode] = what_is_learnt(config)
+    assert not parts.names(config_of("stream").artifact("hidden"))
+    for mode in ("compute", "stream"):
+        for record, expected in zip(curves[mode], curves["capture"], strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+            assert record["head_loss"] == pytest.approx(expected["head_loss"], abs=1e-5)
+            assert record["top5"] == expected["top5"]
+            judged, judged_before = record.get("held_out", {}), expected.get("held_out", {})
+            assert judged.get("tokens_per_step") == judged_before.get("tokens_per_step")
+    assert curves["capture"][-1]["loss"] < 0.9 * curves["capture"][0]["loss"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_shared_heads_learn_in_bf16_with_sharded_weights(ray_cluster: None, tmp_path: Path) -> None:
+    """ZeRO-3 leaves empty weights behind for whoever forgets to gather them."""
+    heads = {"layout": "shared", "num_layers": 2, "num_heads": 2}
+    training = {"zero_stage": 3, "dtype": "bfloat16", "gradient_accumulation_steps": 2, "learning_rate": 0.02}
+    config = write_run(tmp_path, states="bfloat16", epochs=6, heads=heads, warmup_steps=5, **training)
+    train.run(config)
+    trained = MedusaHeads.load(config.artifact("heads"))
+    assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / WEIGHTS).values()} == {torch.bfloat16}
+    trained.init_from(train.read_output_layer(config.model))
+
+    whole = everything_of(config)
+    one_H = torch.ones(2)
+    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
+    top1_H = result.top1_H / result.num_labels_H
+    assert top1_H.min() > 0.9
+    mean_H = result.loss_sum_H / result.num_labels_H
+    assert curve_of(config)[-1]["head_loss"] == pytest.approx(mean_H.tolist(), abs=0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_low_rank_heads_learn_a_part_of_the_vocabulary(ray_cluster: None, tmp_path: Path) -> None:
+    heads = {"layout": "lowrank", "rank": 6, "num_heads": 2, "draft_vocab_size": 18}
+    config = write_run(tmp_path, epochs=6, heads=heads, warmup_steps=5, learning_rate=0.02, zero_stage=3)
+    train.run(config)
+    trained = MedusaHeads.load(config.artifact("heads"))
+    assert (trained.layout, trained.rank, trained.draft_vocab_size) == ("lowrank", 6, 18)
+    assert torch.equal(trained.token_map_M, corpus_of(config).draft(config.heads, V)[0])
+    output_VC = train.read_output_layer(config.model)
+    trained.init_from(output_VC)
+
+    whole = everything_of(config)
+    one_H = torch.ones(2)
+    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
+    top1_H = result.top1_H / result.num_labels_H
+    coverage = provenance.read(config.artifact("heads"))["draft_coverage"]
+    assert 0.7 < coverage < 0.95
+    # All that can be guessed is guessed, and what cannot is missed.
+    assert top1_H.tolist() == pytest.approx([coverage] * 2, abs=0.06)
+    assert curve_of(config)[-1]["top1"] == pytest.approx(top1_H.tolist(), abs=0.3)
+    assert all(trained.low_rank_term(head).up.weight.norm() > 0 for head in range(2))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_loss_that_is_not_finite_stops_all_ranks(ray_cluster: None, tmp_path: Path) -> None:
+    """Retries would meet the same row again; and one rank that leaves alone would let the others wait."""
+    config = write_run(tmp_path)
+    table = parts.read(config.artifact("hidden"), "part-000001")
+    rows = table.to_pylist()
+    states = np.frombuffer(rows[4]["hidden"], np.float32).copy()
+    states[0] = np.inf
+    rows[4]["hidden"] = states.tobytes()
+    parts.write(config.artifact("hidden"), "part-000001", records.hidden_table(rows, "float32", V))
+
+    found = [
+        (step, rank)
+        for rank in range(2)
+        for step, micro_batches in enumerate(feed_of(config, rank).steps(epoch_of(config), 0, 8), 1)
+        for batch in micro_batches
+        if not batch.hidden_NC.isfinite().all()
+    ]
+    ((step, rank),) = found
+    expected = (
+        rf"step={step} rank={rank}: the loss is not finite, of rows {rows[4]['id']}\. Training stopped before"
+    )
+    with pytest.raises(UserError, match=expected):
+        train.run(config)
+    assert provenance.read(config.artifact("heads")) is None
+    assert not (tmp_path / "heads" / WEIGHTS).exists()
+
+
+def test_finished_heads_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run(tmp_path)
+    heads = config.artifact("heads")
+    seen = []
+    monkeypatch.setattr(train.provenance, "is_complete", lambda *facts: seen.append(facts) or True)
+    assert train.run(config) == heads
+    (folder, settings, inputs) = seen[0]
+    assert folder.endswith("/heads")
+    assert settings["train"]["epochs"] == 2
+    assert inputs["hidden"] == provenance.digest(config.artifact("hidden"))

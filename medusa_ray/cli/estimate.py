@@ -20,6 +20,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 # A parameter in training: weight and gradient; and what ZeRO shards, AdamW's moments and bf16's fp32 weight.
 WEIGHT_BYTES = {"float32": 8, "bfloat16": 4}
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
+SUSTAINED_FLOPS = (
+    400e12  # per second: 40% of an H100's or H200's peak in bf16, a fair share for large products
+)
+MAX_LOGITS = 2**24  # as in medusa.loss, which needs torch
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Base:
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """All but the embeddings, on the way in and out."""
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_parameters - embeddings
 
     @property
     def cache_per_token(self) -> int:
@@ -79,6 +89,10 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
             ("optimizer steps", f"{amount.most}{steps:,}"),
             ("passes of the base", passes(run, amount)),
         ]
+        if run.joint:
+            per_step = run.joint.batch_size * run.joint.gradient_accumulation_steps * train.num_workers
+            steps = run.joint.epochs * math.ceil(amount.num_rows / per_step)
+            lines.append(("optimizer steps of joint training", f"{amount.most}{steps:,}"))
     if base is None:
         reason = f"unknown: no Llama-shaped config.json of {run.model.base} is on disk or on a hub in reach"
         return [*lines, ("parameters, memory and disk", reason)]
@@ -99,7 +113,40 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
     elif amount:
         num_bytes = hidden_bytes(amount, base.hidden_size * base_bytes, run.hidden.top_k)
         lines.append(("hidden/ on disk", f"{amount.most}{shown(num_bytes)}"))
-    return lines
+    return lines + (arithmetic(run, base, amount) if amount else [])
+
+
+def arithmetic(run: RunConfig, base: Base, amount: Amount) -> list[tuple[str, str]]:
+    """Floating-point operations of base and heads, beside those of a trainer that runs the base in each epoch on rows
+    padded to their limit, as the original script does."""
+    epochs, times = (
+        run.train.epochs,
+        {"capture": 0, "compute": 1, "stream": run.train.epochs}[run.hidden.mode],
+    )
+    vocab_size = run.heads.draft_vocab_size or base.vocab_size
+    head_flops = run.heads.flops_per_position(base.hidden_size, vocab_size)
+    # A matrix product takes two operations per weight and token; attention to other tokens is left out.
+    heads, base_pass = epochs * amount.num_positions * head_flops, 2 * base.num_layer_parameters
+    states = times * amount.num_tokens * base_pass
+    limit = run.data.max_prompt_tokens + run.distill.max_new_tokens
+    padded = epochs * (amount.num_rows * limit * base_pass + amount.num_positions * head_flops)
+
+    def shown(flops: float) -> str:
+        return (
+            f"{amount.most}{flops / 1e15:,.2f} PFLOP, {flops / SUSTAINED_FLOPS / 3600:,.2f} hours of one H100"
+        )
+
+    # Rows pass with the adapter, without it, and back through it.
+    joint = run.joint.epochs * amount.num_tokens * 3 * base_pass if run.joint else 0
+    return [
+        ("arithmetic of the states", shown(states)),
+        ("arithmetic of the heads", shown(heads)),
+        *([("arithmetic of joint training", shown(joint))] if run.joint else []),
+        (
+            "with the base in each epoch, padded",
+            f"{shown(padded)}: {padded / (states + heads):,.1f} times as much",
+        ),
+    ]
 
 
 def count(run: RunConfig, num_rows: int | None) -> Amount | None:
@@ -125,7 +172,8 @@ def _lengths(folder: str, replies: str) -> list[tuple[int, int]]:
     for name in parts.names(folder):
         table = parts.read(folder, name, ["prompt_ids", replies, "error"])
         columns = (
-            pc.fill_null(pc.list_value_length(table[column]), 0).to_pylist() for column in ("prompt_ids", replies)
+            pc.fill_null(pc.list_value_length(table[column]), 0).to_pylist()
+            for column in ("prompt_ids", replies)
         )
         rows = zip(*columns, table["error"].to_pylist(), strict=True)
         lengths += [(num_prompt, num_reply) for num_prompt, num_reply, error in rows if error is None]
@@ -160,11 +208,11 @@ def num_head_parameters(base: Base, heads: HeadsConfig) -> int:
 
 
 def train_worker_bytes(base: Base, heads: HeadsConfig, train: TrainConfig) -> float:
-    """Heads, gradients and optimizer, and the logits of a micro-batch with their gradient, in fp32."""
+    """Heads, gradients and optimizer, and the logits that are there at a time with their gradient, in fp32."""
     sharded = OPTIMIZER_BYTES[train.dtype] / (train.num_workers if train.zero_stage else 1)
     draft_vocab_size = heads.draft_vocab_size or base.vocab_size
     output_layer = 0 if heads.layout == "own" else draft_vocab_size * base.hidden_size * BYTES[train.dtype]
-    logits = 2 * 4 * train.batch_size * heads.num_heads * draft_vocab_size
+    logits = 2 * 4 * min(train.batch_size * draft_vocab_size, MAX_LOGITS) * heads.num_heads
     return num_head_parameters(base, heads) * (WEIGHT_BYTES[train.dtype] + sharded) + output_layer + logits
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -52,6 +53,27 @@ class Batch:
     sampling: Sampling
     history: History | None  # when the sampling is penalised
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the host must have read a step before the next: grammars and penalties go by its tokens."""
+        return self.sampling.is_masked or self.history is not None
+
+
+@dataclass
+class Launched:
+    """A step that the device has been given and the host has not read."""
+
+    sequences: list[Sequence]  # of its rows
+    tree: Tree
+    verdict_BX: Tensor  # on the host; good once `event`, if there is one, has come
+    hidden_BDC: Tensor | None  # of the walks, when some request keeps them
+    event: torch.cuda.Event | None
+
+    def rows(self) -> list[list[float]]:
+        if self.event is not None:
+            self.event.synchronize()  # the one sync of a step
+        return self.verdict_BX.tolist()
+
 
 class Engine:
     """One base, its heads and a tree. Not for use from several threads, but for `stream` and `cancel`."""
@@ -66,10 +88,12 @@ class Engine:
         is_adaptive: bool = False,
         shares_prefixes: bool = True,
         max_waiting: int | None = None,
+        lags: bool | None = None,
     ) -> None:
         """is_adaptive: steps take as much of the tree as pays at the load. shares_prefixes: prompts that begin alike
         share what the base computed of that; when measuring, the second time of a prompt would flatter. max_waiting:
-        requests that `add` takes beyond max_batch_size; None for any number.
+        requests that `add` takes beyond max_batch_size; None for any number. lags: the host reads a step once the
+        next is launched, so that neither waits for the other; None for where the device runs by itself.
 
         Raises ValueError when base, heads and tree do not fit together, before memory is taken for them.
         """
@@ -91,9 +115,12 @@ class Engine:
         self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
         self.tree, self._root_only = self.trees[len(tree)], Tree().to(backbone.device)
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
-        pages = PagedCache.pages_for(self.max_total_tokens + len(tree)) * max_batch_size
+        self.lags = backbone.device.type == "cuda" if lags is None else lags
+        # Behind its last token a row has the guesses, and before them what an unread step may have committed.
+        num_slack = len(tree) + (tree.depth + 1) * self.lags
+        pages = PagedCache.pages_for(self.max_total_tokens + num_slack) * max_batch_size
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
-        self.scheduler = Scheduler(self.cache, max_batch_size, len(tree), max_waiting)
+        self.scheduler = Scheduler(self.cache, max_batch_size, num_slack, max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None
         self._guesser = heads.stack() if heads else None
@@ -101,6 +128,7 @@ class Engine:
         self._built: compiled.Pass | None = None  # compiled, and not yet adopted
         self.mode = "eager"
         self._batch: Batch | None = None
+        self._unread: deque[Launched] = deque()
         self._node_N = torch.arange(max(len(tree), max_batch_size), device=backbone.device)
         self._is_greedy = {flag: torch.tensor(flag, device=backbone.device) for flag in (False, True)}
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
@@ -195,7 +223,7 @@ class Engine:
         log.warning("the engine runs eagerly: %s", reason)
 
     def _graphed(self) -> graphs.GraphedPass:
-        width = PagedCache.pages_for(self.max_total_tokens + len(self.tree))
+        width = PagedCache.pages_for(self.max_total_tokens + self.scheduler.num_slack)
         return graphs.build(self.backbone, doublings(self.scheduler.max_batch_size), width)
 
     @torch.inference_mode()
@@ -249,15 +277,21 @@ class Engine:
 
     @torch.inference_mode()
     def _move_on(self) -> list[tuple[Sequence, Delta]]:
-        """Moves every running sequence on by one pass over its tree."""
+        """Moves every running sequence on by one pass over its tree, and takes in what it says, or the one before."""
         if self._batch is None:
             return []
-        batch, tree = self._batch, self._pick_tree()
-        started, num_rows = time.perf_counter(), len(self.scheduler.running)
-        longest = max(sequence.num_cached for sequence in self.scheduler.running)
-        deltas = self._commit(batch, tree, self._try(batch, tree, longest))
-        if self.sizer is not None:
-            self.sizer.took(num_rows, len(tree), time.perf_counter() - started)
+        started, deltas = time.perf_counter(), []
+        self._unread.append(self._launch(self._batch, self._pick_tree()))
+        num_behind = int(self.lags and not self._batch.waits_for_host)
+        while len(self._unread) > num_behind:
+            step = self._unread.popleft()
+            deltas += self._commit(step)
+            if self.sizer is not None:
+                # From read to read, which is a step's time also where the next one runs meanwhile.
+                started, since = time.perf_counter(), started
+                self.sizer.took(len(step.sequences), len(step.tree), started - since)
+        # Pages of those that have ended may have new owners at once, although an unread step still writes behind their
+        # tokens: the device does what it is given in its order, and whatever the new owners write comes later.
         self._drop(self.scheduler.release())
         return deltas
 
@@ -272,8 +306,25 @@ class Engine:
         sizer = self.sizer or self.measure()
         return self.trees[sizer.pick(len(running), num_speculating / len(running))]
 
+    def _launch(self, batch: Batch, tree: Tree) -> Launched:
+        """Gives the device a step, which starts from where the last one has led, whether that is read or not."""
+        running = self.scheduler.running
+        num_unread = sum(step.tree.depth + 1 for step in self._unread)  # tokens of a row, at most
+        longest = max(sequence.num_cached for sequence in running) + num_unread
+        outcome = self._try(batch, tree, longest)
+        batch.ahead = Ahead(outcome.root_B, outcome.hidden_BC, outcome.length_B)
+        hidden_BDC = None
+        if any(sequence.request.capture_hidden for sequence in running):
+            # Now, for a graph's next run writes over the states at its nodes.
+            walk_BD = tree.walk_ND[outcome.verdict_BX[:, 0].long()]
+            hidden_BDC = outcome.hidden_BWC[self._node_N[: len(walk_BD), None], walk_BD]
+        verdict_BX = outcome.verdict_BX.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        device = outcome.verdict_BX.device
+        event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return Launched(list(running), tree, verdict_BX, hidden_BDC, event)
+
     def _try(self, batch: Batch, tree: Tree, longest: int) -> Outcome:
-        """What the base says of the tree, and commits. longest: cached tokens."""
+        """What the base says of the tree, and commits, all on the device. longest: cached tokens, at most."""
         token_BN = self._propose(batch, tree)
         every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
         table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
@@ -293,6 +344,11 @@ class Engine:
         allowed_BNV = self._allowed(self.scheduler.running, batch.sampling, token_BN, tree)
         position_BN = batch.ahead.length_B[:, None] + tree.depth_N + 1
         verdict = decide(logits_BNV, token_BN, position_BN, tree, batch.sampling, batch.history, allowed_BNV)
+        # To look where the walks end would wait for the device; where it is the host, moving them costs more.
+        ends = range(len(tree)) if self.lags else verdict.node_B.tolist()
+        if not all(tree.is_in_place[end] for end in ends):
+            walk_BD = tree.walk_ND[verdict.node_B]
+            compact(self.cache.keys, self.cache.values, table_BP, batch.ahead.length_B, walk_BD)
         if batch.history is not None:
             batch.history.add(verdict.committed_BD, tree.depth_N[verdict.node_B] + 1)
         ahead = advance(verdict, hidden_BNC, batch.ahead.length_B, tree.depth_N)
@@ -327,26 +383,23 @@ class Engine:
         guess_BHK = self._guesser.topk(batch.ahead.hidden_BC, tree.num_ranks)
         return torch.cat([root_B1, guess_BHK.flatten(1)], 1)[:, tree.guess_N]
 
-    def _commit(self, batch: Batch, tree: Tree, outcome: Outcome) -> list[tuple[Sequence, Delta]]:
-        """Takes the agreed tokens into each sequence and its keys and values into their place."""
-        # The one sync of this step.
-        rows = [unpack(row, tree.depth + 1) for row in outcome.verdict_BX.tolist()]
-        if not batch.sampling.is_plain and not all(tree.is_in_place[node] for node, *_ in rows):
-            walk_BD = tree.walk_ND[outcome.verdict_BX[:, 0].long()]
-            compact(self.cache.keys, self.cache.values, batch.table_BP, batch.ahead.length_B, walk_BD)
-        batch.ahead = Ahead(outcome.root_B, outcome.hidden_BC, outcome.length_B)
-        deltas = []
-        for row, (node, committed, logprobs) in enumerate(rows):
-            sequence = self.scheduler.running[row]
+    def _commit(self, step: Launched) -> list[tuple[Sequence, Delta]]:
+        """Takes the agreed tokens into each sequence."""
+        tree, deltas, ends = step.tree, [], []
+        for row, (sequence, packed) in enumerate(zip(step.sequences, step.rows(), strict=True)):
+            if sequence.finish_reason:  # since the launch: what came after is nobody's
+                continue
+            node, committed, logprobs = unpack(packed, tree.depth + 1)
             taken = sequence.extend(committed[: tree.depths[node] + 1])
             if sequence.request.capture_hidden:
-                sequence.hidden_parts.append(outcome.hidden_BWC[row, tree.walk_ND[node, : len(taken)]])
+                assert step.hidden_BDC is not None
+                sequence.hidden_parts.append(step.hidden_BDC[row, : len(taken)].clone())
             num_guesses = len(tree) - 1 if sequence.request.speculates else 0
             sequence.count(num_guesses, len(taken))
             self.counters.count(num_guesses, len(taken))
             deltas.append((sequence, Delta.of(sequence, taken, logprobs)))
-        if self.sizer is not None:
-            ends = [node for (node, *_), (s, _) in zip(rows, deltas, strict=True) if s.request.speculates]
+            ends += [node] * sequence.request.speculates
+        if self.sizer is not None and ends:
             self.sizer.learn(len(tree), ends)
         return deltas
 
@@ -429,6 +482,8 @@ class Engine:
             width = max(len(sequence.pages) for sequence in sequences)
             table_BP = self.cache.page_table([sequence.pages for sequence in sequences], width)
             self._batch = Batch(ahead, table_BP, *self._sampling(sequences))
+        else:
+            self._unread.clear()  # it says nothing of anybody who is still here
 
     def _sampling(self, sequences: list[Sequence]) -> tuple[Sampling, History | None]:
         """Settings of the rows, and the tokens that the penalised ones have seen."""

@@ -24,16 +24,20 @@ LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32
 MOST_OF_RUNNING_ON = 0.1
 
 
-def packs(lengths: Sequence[int], pass_tokens: int, shares_rows: bool = True) -> Iterator[list[list[int]]]:
+def packs(
+    lengths: Sequence[int], pass_tokens: int, row_tokens: int = 0, shares_rows: bool = True
+) -> Iterator[list[list[int]]]:
     """Sequences by number, dealt into passes of rows: no pass of more tokens unless a single sequence has more.
 
-    The longest sequence left sets how long the rows of a pass are, and rows are filled up with the longest that still
-    fit: what attention costs grows with the length of a row, so that no row is longer than it must be.
+    Rows are as long as the longest sequence left, or row_tokens if that holds several, and filled with the longest that
+    still fit: what attention costs grows with the length of a row, and what padding costs falls.
     shares_rows: otherwise each row is one sequence, beside others of about its length.
     """
     left = sorted(range(len(lengths)), key=lengths.__getitem__)
     while left:
-        width = lengths[left[-1]]
+        width, wide = lengths[left[-1]], min(row_tokens, pass_tokens)
+        if shares_rows and wide >= 4 * width:  # with fewer in a row, what is left over at its end outweighs the rest
+            width = wide
         rows: list[list[int]] = []
         while left and len(rows) < max(1, pass_tokens // width):
             rows.append([])
@@ -84,7 +88,9 @@ class PackedBase:
             slices.append(slice(len(among), len(among) + len(own)))
             among += own
         found: list[Tensor] = [torch.empty(0)] * len(run)
-        for rows in packs([len(sequences[i]) for i in run], self.pass_tokens, self.is_packable):
+        # Attention takes a part of W / 6C of what the matrices take of a token, W being the length of its row.
+        row_tokens = self.hidden_size // 2
+        for rows in packs([len(sequences[i]) for i in run], self.pass_tokens, row_tokens, self.is_packable):
             tokens = [[sequences[run[i]] for i in row] for row in rows]
             numbers = [i for row in rows for i in row]
             states_NC = self._run(tokens, [[wanted[i] for i in row] for row in rows], self.is_packable).cpu()

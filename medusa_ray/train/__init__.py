@@ -26,7 +26,7 @@ from medusa_ray.states import read_output_layer
 from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import deepspeed_config
-from medusa_ray.train.journal import CURVE, line, read_curve
+from medusa_ray.train.journal import CURVE, check_trackers, line, read_curve
 from medusa_ray.train.order import Ints
 from medusa_ray.train.worker import STOP, STOPPED, Job, worker
 
@@ -71,7 +71,8 @@ def train_heads(config: RunConfig, name: str) -> None:
         return
     if provenance.read(hidden) is None:
         raise UserError(f"{hidden} is not finished. Run the hidden stage first.")
-    deepspeed_config(config.train)  # now, rather than in every worker
+    check_trackers(config.train)  # now, rather than in every worker
+    deepspeed_config(config.train)
 
     output_layer_VC = read_output_layer(config.model)
     is_streamed = config.hidden.mode == "stream"

@@ -17,7 +17,6 @@ from medusa_ray.config import HeadsConfig, TrainConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import HeadLoss, cross_entropy_for, medusa_loss, num_losses
 from medusa_ray.train.rows import Batch
-from medusa_ray.train.watch import flops_per_position
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -56,7 +55,7 @@ class HeadTrainer(nn.Module):
         self.heads.init_from(output_layer_VC.to(self.dtype))
         self.cross_entropy = cross_entropy_for(self.heads, train.batch_size)
         self.head_weight = train.head_weight
-        self.flops_per_position = flops_per_position(heads, hidden_size, self.heads.draft_vocab_size)
+        self.flops_per_position = heads.flops_per_position(hidden_size, self.heads.draft_vocab_size)
 
     def groups(self) -> list[Group]:
         return [{"params": list(self.parameters()), "share": 1.0}]

@@ -162,7 +162,7 @@ class JointTrainer(nn.Module):
         base_dtype = torch.bfloat16 if train.dtype == "bfloat16" else getattr(torch, model.dtype)
         loaded = load(base, base_dtype, device, model.revision, model.quantization)
         self.is_packable = PackedBase(loaded).is_packable
-        self.num_base_parameters = loaded.num_parameters()
+        self.num_base_parameters = loaded.num_parameters(exclude_embeddings=True)
         output_VC = loaded.get_output_embeddings().weight.detach()
         # Of its own, as ZeRO-3 takes the base's apart; elsewhere it is the very tensor.
         self.register_buffer("output_VC", output_VC, persistent=False)
@@ -378,6 +378,7 @@ def check(config: RunConfig) -> None:
 class JointJob(Job):
     """A Job whose positions are rows of distilled/."""
 
+    section = "joint"
     warm_heads: str
     adapter: str
     model: ModelConfig

@@ -3,7 +3,10 @@
 # H heads
 """
 
+import importlib.util
 import json
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +15,14 @@ import fsspec
 from medusa_ray.config import TrainConfig, UserError
 
 CURVE = "training.jsonl"
+WRITE_S = 1.0  # at least, between two times that it is written
 Log = Callable[[dict[str, float], int], None]  # figures by name, of a step
 
 
 class Journal:
     def __init__(self, heads: str, train: TrainConfig, history: list[dict[str, Any]]) -> None:
-        """heads: URI of heads/. history: what the run has recorded before it was resumed.
-
-        Raises UserError when a tracker's package is missing.
-        """
-        self.history = history
+        """heads: URI of heads/. history: what the run has recorded before it was resumed."""
+        self.history, self.written_s = history, -math.inf
         self.filesystem, self.folder = fsspec.core.url_to_fs(heads)
         self.filesystem.makedirs(self.folder, exist_ok=True)
         first = history[-1]["step"] + 1 if history else 0
@@ -32,12 +33,17 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         """record: a line of training.jsonl (records.py)."""
         self.history.append(record)
-        # Written whole: object stores cannot append, and what a resumed run repeats must not be there twice.
-        text = "".join(json.dumps(line) + "\n" for line in self.history)
-        self.filesystem.pipe_file(f"{self.folder}/{CURVE}", text.encode())
+        if time.monotonic() - self.written_s > WRITE_S:
+            self.write()
         figures = dict(flat(record))
         for log in self.logs:
             log(figures, record["step"])
+
+    def write(self) -> None:
+        """Whole: object stores cannot append, and what a resumed run repeats must not be there twice."""
+        text = "".join(json.dumps(line) + "\n" for line in self.history)
+        self.filesystem.pipe_file(f"{self.folder}/{CURVE}", text.encode())
+        self.written_s = time.monotonic()
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -68,29 +74,34 @@ def tensorboard(place: str, train: TrainConfig, first: int) -> Log:
 
 
 def wandb(place: str, train: TrainConfig, first: int) -> Log:
-    module = _package("wandb")
+    module: Any = importlib.import_module("wandb")
     # One id for all starts of a run, so that a resumed one goes on in the same curve.
-    name = place.rstrip("/").removesuffix("/heads").split("/")[-1]
+    name = run_name(place)
     run = module.init(project="medusa_ray", name=name, id=name, resume="allow", config=train.model_dump())
     return lambda figures, step: run.log(figures, step=step)
 
 
 def mlflow(place: str, train: TrainConfig, first: int) -> Log:
-    module = _package("mlflow")
-    name = place.rstrip("/").removesuffix("/heads").split("/")[-1]
+    module: Any = importlib.import_module("mlflow")
     module.set_experiment("medusa_ray")
-    module.start_run(run_name=name, nested=False)
+    module.start_run(run_name=run_name(place))
     module.log_params(train.model_dump())
     return lambda figures, step: module.log_metrics(figures, step=step)
 
 
-def _package(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise UserError(
-            f"train.trackers has {name!r}, but its package is not there: {error}. pip install {name}, or leave it out."
-        ) from error
+def run_name(place: str) -> str:
+    """Of the folder that heads/ is in."""
+    return place.rstrip("/").split("/")[-2]
+
+
+def check_trackers(train: TrainConfig) -> None:
+    """Raises UserError when the package of one is missing."""
+    for name in train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.trackers has {name!r}, but there is no package of that name. pip install {name}, or leave "
+                "it out."
+            )
 
 
 TRACKERS: dict[str, Callable[[str, TrainConfig, int], Log]] = {
@@ -119,5 +130,6 @@ def line(record: dict[str, Any]) -> str:
         text += f" share_of_peak={record['share_of_peak']:.3f}"
     if held_out := record.get("held_out"):
         text += f" held_out_loss={held_out['loss']:.3f}"
+        text += f" base_kl={held_out['base_kl']:.4f}" if "base_kl" in held_out else ""
         text += "".join(f" {name}={value:.2f}" for name, value in held_out["tokens_per_step"].items())
     return text

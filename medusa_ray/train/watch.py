@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_ray.config import HeadsConfig
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import (
     IGNORED,
@@ -107,15 +106,6 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         (matrix @ matrix)[0, 0].item()  # waits for it
         best_s = min(best_s, time.perf_counter() - started_s)
     return 2 * size**3 / best_s
-
-
-def flops_per_position(heads: HeadsConfig, hidden_size: int, draft_vocab_size: int) -> float:
-    """Of forward and backward pass of all heads at one position, as mathematics has them: nothing computed twice."""
-    square, output = hidden_size**2, hidden_size * draft_vocab_size
-    blocks = 6 * heads.num_layers * square - 2 * square  # nobody wants the gradient of the base's states
-    low_rank = heads.rank * (hidden_size + draft_vocab_size)
-    outputs = {"own": 6 * output, "shared": 4 * output, "lowrank": 4 * output + 6 * low_rank}
-    return heads.num_heads * (blocks + outputs[heads.layout])
 
 
 class Trace:

@@ -6,7 +6,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import ray
@@ -36,6 +36,7 @@ STOPPED = "stopped"  # what a worker returns then
 class Job:
     """All that a worker needs to know."""
 
+    section: ClassVar = "train"  # of the config, where its learning rate stands
     hidden: str  # hidden/, or distilled/ where the states are streamed
     training: str
     output: str  # heads/
@@ -139,6 +140,8 @@ def worker(config: dict[str, Any]) -> str | None:
         ray.get(config["counts"]),
     )
     problem = run.take_steps()
+    if run.journal:
+        run.journal.write()
     if problem is None:
         run.write_heads()
     return problem
@@ -179,41 +182,44 @@ class Run:
 
     def take_steps(self) -> str | None:
         """All that are left. Returns why not, if so."""
-        state, train = self.state, self.train
-        while state.plan.epoch < train.epochs:
-            for micro_batches in self.feed.steps(state.plan, state.done, train.batch_size):
-                num_steps = self._num_steps()
-                rate = learning_rate(state.step, num_steps, train)
-                for group in self.engine.optimizer.param_groups:
-                    group["lr"] = rate * group["share"]
-                number = state.step + 1
-                is_last = number == num_steps
-                is_judged = bool(self.job.held_out) and (number % train.eval_steps == 0 or is_last)
-                is_logged = number % train.logging_steps == 0 or is_last or is_judged
-                if self.trace:
-                    self.trace.before(number)
-                outcome = self._step(micro_batches, is_logged)
-                if outcome.culprit is not None:
-                    return (
-                        f"step={number} {outcome.culprit}. Training stopped before this step. Lower "
-                        f"train.learning_rate, now {train.learning_rate}, or mend these rows of {self.job.hidden}."
-                    )
-                state.step, state.done = number, state.done + 1
-                if self.trace:
-                    self.trace.after(number)
-                held_out = self._judge() if is_judged else None
-                self.meter.count(sum(batch.num_positions for batch in micro_batches))
-                if is_logged:
-                    self._record(outcome.figures, rate, held_out)
-                if state.done == state.plan.num_steps:
-                    state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
-                is_best = held_out is not None and state.best_is_worse_than(held_out["loss"])
-                is_due = number % train.save_steps == 0 or state.done == 0
-                if (is_due or is_best or outcome.must_stop) and (problem := self._save()):
+        state = self.state
+        while state.plan.epoch < self.train.epochs:
+            for micro_batches in self.feed.steps(state.plan, state.done, self.train.batch_size):
+                if problem := self._move_on(micro_batches):
                     return problem
-                if outcome.must_stop:
-                    return STOPPED
+            state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
         return None
+
+    def _move_on(self, micro_batches: list[Any]) -> str | None:
+        """One step, and whatever is due after it."""
+        state, train = self.state, self.train
+        number, num_steps = state.step + 1, self._num_steps()
+        rate = learning_rate(state.step, num_steps, train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        is_last = number == num_steps
+        is_judged = bool(self.job.held_out) and (number % train.eval_steps == 0 or is_last)
+        is_logged = number % train.logging_steps == 0 or is_last or is_judged
+        if self.trace:
+            self.trace.before(number)
+        outcome = self._step(micro_batches, is_logged)
+        if outcome.culprit is not None:
+            return (
+                f"step={number} {outcome.culprit}. Training stopped before this step. Lower "
+                f"{self.job.section}.learning_rate, now {train.learning_rate}, or mend these rows of {self.job.hidden}."
+            )
+        state.step, state.done = number, state.done + 1
+        if self.trace:
+            self.trace.after(number)
+        self.meter.count(sum(batch.num_positions for batch in micro_batches))
+        held_out = self._judge() if is_judged else None
+        if is_logged:
+            self._record(outcome.figures, rate, held_out)
+        is_best = held_out is not None and state.best_is_worse_than(held_out["loss"])
+        is_due = number % train.save_steps == 0 or state.done == state.plan.num_steps
+        if (is_due or is_best or outcome.must_stop) and (problem := self._save()):
+            return problem
+        return STOPPED if outcome.must_stop else None
 
     def _num_steps(self) -> int:
         """Of the whole run, as its workers are now."""
