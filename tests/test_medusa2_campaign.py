@@ -17,7 +17,7 @@ from medusa_ray.cli import STAGES, run_stage
 from medusa_ray.config import JointConfig, RunConfig
 from medusa_ray.demo.pipeline import FULL, Demo
 
-JOINT = JointConfig(epochs=2, batch_size=16, warmup_steps=10)
+JOINT = JointConfig(epochs=1, batch_size=16, warmup_steps=10, heads_weight=0.1)
 
 pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(3600)]
 

@@ -58,8 +58,8 @@ def run(config: RunConfig) -> str:
 
 def train_heads(config: RunConfig, name: str) -> None:
     """hidden/ -> heads, into the artifact of that name."""
-    heads, hidden, distilled, training = (
-        parts.absolute(config.artifact(folder)) for folder in (name, "hidden", "distilled", "training")
+    heads, hidden, distilled = (
+        parts.absolute(config.artifact(folder)) for folder in (name, "hidden", "distilled")
     )
     settings = {
         "revision": config.model.revision,
