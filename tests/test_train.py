@@ -32,8 +32,8 @@ from medusa_ray.train.feed import Feed, from_disk
 from medusa_ray.train.journal import CURVE, Journal, check_trackers, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
-from medusa_ray.train.worker import Job, Run, State, learning_rate
 from medusa_ray.train.watch import Trace
+from medusa_ray.train.worker import Job, Run, State, learning_rate
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
