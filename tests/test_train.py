@@ -429,11 +429,13 @@ def test_trackers_are_told_what_the_curve_says(
     }  # fmt: skip
     assert told.calls[-1] == (log, ((expected,), {"step": 10}))
     assert "my_run" in str(told.calls)
+
+
+def test_a_tracker_without_its_package_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"has 'wandb', but there is no package of that name. pip install wandb"
     ):
-        monkeypatch.delitem(sys.modules, tracker)
-        check_trackers(TrainConfig(trackers=["wandb"]))
+        check_trackers(TrainConfig(trackers=["tensorboard", "wandb"]))
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path: Path) -> None:
