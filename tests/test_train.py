@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -498,7 +500,14 @@ def all_stages(rank: int, meeting: Path, configs: list[RunConfig]) -> None:
     for config in configs:
         corpus = corpus_of(config)
         job = Job.of(config, corpus, None, "cpu")
-        assert Run(job, rank, train.read_output_layer(config.model), corpus.counts).take_steps() is None
+        start = partial(Run, rank=rank, output_layer_VC=train.read_output_layer(config.model), counts=corpus.counts)
+        run = start(job)
+        assert run.take_steps() is None
+        if run.journal:
+            run.journal.write()
+    # Where nothing can be written, all say so, and none waits for another.
+    nowhere = replace(job, training=f"{job.training}/step_00000020/state.json/x", output=f"{job.output}/x")
+    assert "step=20: the checkpoint cannot be written" in (start(nowhere).take_steps() or "")
 
 
 @pytest.mark.timeout(600)
