@@ -182,6 +182,36 @@ class TrainConfig(Strict):
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
 
 
+class JointConfig(Strict):
+    """Medusa-2: once `train` has trained the heads alone, a LoRA adapter on the base and the heads, together.
+
+    The base stays near itself by its divergence from itself without the adapter. What is not said here is as in
+    `train`: workers, dtype, seed, held-out chats, what is logged and saved.
+    """
+
+    epochs: int = Field(2, gt=0, description="Passes over the distilled rows.")
+    batch_size: int = Field(8, gt=0, description="Rows in one worker's micro-batch.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of the adapter, after warm-up.")
+    heads_learning_rate: float = Field(2e-3, gt=0, description="The same of the heads; the paper has 4 times as much.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape after warm-up."
+    )
+    warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
+    heads_weight: float = Field(
+        0.2, gt=0, description="What the heads' loss counts beside the base's divergence: the paper's lambda_0."
+    )
+    rank: int = Field(32, gt=0, description="Rank of the adapter.")
+    alpha: float = Field(16, gt=0, description="The adapter counts alpha / rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Share of an adapter's inputs dropped while training.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Layers that are adapted, by the ends of their names; never the output layer."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage of base, adapter and heads; 3 shards the base."
+    )
+
+
 class EvaluateConfig(Strict):
     """Held-out measurements of the heads, and the calibration of the tree."""
 
@@ -211,6 +241,7 @@ class RunConfig(Strict):
     hidden: HiddenConfig = HiddenConfig()
     heads: HeadsConfig = HeadsConfig()
     train: TrainConfig = TrainConfig()
+    joint: JointConfig | None = Field(None, description="Medusa-2; null leaves the base as it is.")
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -243,6 +274,13 @@ class RunConfig(Strict):
     def artifact(self, name: str) -> str:
         """URI of one artifact folder: prompts, distilled, hidden, heads, evaluation, bench or report."""
         return f"{self.output.rstrip('/')}/{name}"
+
+    @property
+    def served_model(self) -> ModelConfig:
+        """The base that the heads belong to: the adapted one after joint training."""
+        if self.joint is None:
+            return self.model
+        return self.model.model_copy(update={"base": self.artifact("adapter"), "revision": None})
 
 
 # ---------------------------------------------------------------------------------------------------- serving

@@ -72,9 +72,8 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
             "scored on others, so at least 2 are needed. Give data.test more chats."
         )
     dtype = getattr(torch, config.model.dtype)
-    backbone = Backbone.load(
-        config.model.base, dtype, device, config.model.revision, config.model.quantization
-    )
+    model = config.served_model
+    backbone = Backbone.load(model.base, dtype, device, model.revision, model.quantization)
     heads = MedusaHeads.load(config.artifact("heads"), dtype=dtype, device=device)
     if heads.shares_output:
         heads.init_from(backbone.output_weight_VC)
@@ -116,7 +115,7 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     adaptive = _engine(config, backbone, heads, tree, is_adaptive=True)  # as servers run it
     speed = compare_speed(baseline, adaptive, timed, settings.max_new_tokens) if timed else None
 
-    chat = Chat.load(config.model.base, config.model.revision)
+    chat = Chat.load(model.base, model.revision)
     texts = [chat.text(reply.token_ids) for reply in replies]
     exact = [
         text.strip() == row["reference"].strip()
@@ -267,5 +266,5 @@ def _engine(
     longest = config.data.max_prompt_tokens + config.evaluate.max_new_tokens
     engine = Engine(backbone, heads, tree, BATCH_SIZE, longest, is_adaptive, shares_prefixes=False)
     if config.evaluate.compile:
-        engine.compile(config.model.base, config.model.dtype, config.model.revision)
+        engine.compile(config.served_model.base, config.model.dtype, config.served_model.revision)
     return engine

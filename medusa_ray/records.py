@@ -88,6 +88,8 @@ REQUESTS = pa.schema(
 #    "positions_per_s": x, "memory_gib": x, "share_of_peak": x,
 #    "held_out": {"loss": x, "head_loss": [...], "top1": [...], "top5": [...],        # where the heads were judged
 #                 "tokens_per_step": {"chain": x, "tree_N": x}}}
+# and after joint training, here and under held_out, "base_kl": x from the base as it was, and "base_top1": x of next
+# tokens. Its positions are tokens that pass through the base. What came before it is in warm_heads/training.jsonl.
 # heads/tree.json, best nodes first, so that a prefix of the paths is itself the best smaller tree:
 #   {"paths": [[0], [0, 0], ...], "nodes": n, "calibrated_on": num_prompts}
 # heads/accuracy.json, held-out; acceptance in tokens per step:

@@ -89,6 +89,10 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
             ("optimizer steps", f"{amount.most}{steps:,}"),
             ("passes of the base", passes(run, amount)),
         ]
+        if run.joint:
+            per_step = run.joint.batch_size * run.joint.gradient_accumulation_steps * train.num_workers
+            steps = run.joint.epochs * math.ceil(amount.num_rows / per_step)
+            lines.append(("optimizer steps of joint training", f"{amount.most}{steps:,}"))
     if base is None:
         reason = f"unknown: no Llama-shaped config.json of {run.model.base} is on disk or on a hub in reach"
         return [*lines, ("parameters, memory and disk", reason)]
@@ -132,9 +136,12 @@ def arithmetic(run: RunConfig, base: Base, amount: Amount) -> list[tuple[str, st
             f"{amount.most}{flops / 1e15:,.2f} PFLOP, {flops / SUSTAINED_FLOPS / 3600:,.2f} hours of one H100"
         )
 
+    # Rows pass with the adapter, without it, and back through it.
+    joint = run.joint.epochs * amount.num_tokens * 3 * base_pass if run.joint else 0
     return [
         ("arithmetic of the states", shown(states)),
         ("arithmetic of the heads", shown(heads)),
+        *([("arithmetic of joint training", shown(joint))] if run.joint else []),
         (
             "with the base in each epoch, padded",
             f"{shown(padded)}: {padded / (states + heads):,.1f} times as much",

@@ -105,34 +105,7 @@ class PackedBase:
 
     @torch.no_grad()
     def _run(self, rows: list[list[Tokens]], wanted: list[list[list[int]]], has_positions: bool) -> Tensor:
-        """States [N, C] of one pass, where they are wanted of each sequence of each row, in that order."""
-        width = max(sum(map(len, row)) for row in rows)
-        token_BT = torch.zeros(len(rows), width, dtype=torch.long)
-        position_BT = torch.arange(width).repeat(len(rows), 1)
-        place_N: list[int] = []
-        for number, (row, positions) in enumerate(zip(rows, wanted, strict=True)):
-            start = 0
-            for sequence, own in zip(row, positions, strict=True):
-                end = start + len(sequence)
-                token_BT[number, start:end] = torch.tensor(sequence)
-                position_BT[number, start:end] -= start
-                place_N += [number * width + start + position for position in own]
-                start = end
-            # What fills the row up is behind all that is looked at; it counts from 0, since some models know no more.
-            position_BT[number, start:] -= start
-        # A model that cannot keep sequences apart may not take positions either.
-        arguments = {"position_ids": position_BT.to(self.model.device)} if has_positions else {}
-        taken: list[Tensor] = []
-
-        def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            taken.append(
-                args[0].flatten(0, 1)[torch.tensor(place_N, dtype=torch.long, device=args[0].device)]
-            )
-            return (args[0][:1, :1],)  # logits are not asked for
-
-        with _before_output(self.model, take):
-            self.model(input_ids=token_BT.to(self.model.device), use_cache=False, **arguments)
-        return taken[0]
+        return states_of_pass(self.model, rows, wanted, has_positions)
 
     def _is_packable(self) -> bool:
         """Whether two sequences in a row have the states that they have alone, measured: no list of names decides."""
@@ -148,6 +121,40 @@ class PackedBase:
             return False
         off, most = ((some_NC - alone_NC).float().norm() for some_NC in (packed_NC, running_on_NC))
         return bool(off <= MOST_OF_RUNNING_ON * most)
+
+
+def states_of_pass(
+    model: PreTrainedModel, rows: list[list[Tokens]], wanted: list[list[list[int]]], has_positions: bool
+) -> Tensor:
+    """States [N, C] of one pass, where they are wanted of each sequence of each row, in that order.
+
+    has_positions: whether the model is told where each sequence begins, without which a row must be a single one.
+    """
+    width = max(sum(map(len, row)) for row in rows)
+    token_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    position_BT = torch.arange(width).repeat(len(rows), 1)
+    place_N: list[int] = []
+    for number, (row, positions) in enumerate(zip(rows, wanted, strict=True)):
+        start = 0
+        for sequence, own in zip(row, positions, strict=True):
+            end = start + len(sequence)
+            token_BT[number, start:end] = torch.tensor(sequence)
+            position_BT[number, start:end] -= start
+            place_N += [number * width + start + position for position in own]
+            start = end
+        # What fills the row up is behind all that is looked at; it counts from 0, since some models know no more.
+        position_BT[number, start:] -= start
+    # A model that cannot keep sequences apart may not take positions either.
+    arguments = {"position_ids": position_BT.to(model.device)} if has_positions else {}
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        taken.append(args[0].flatten(0, 1)[torch.tensor(place_N, dtype=torch.long, device=args[0].device)])
+        return (args[0][:1, :1],)  # logits are not asked for
+
+    with _before_output(model, take):
+        model(input_ids=token_BT.to(model.device), use_cache=False, **arguments)
+    return taken[0]
 
 
 @torch.no_grad()

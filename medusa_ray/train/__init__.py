@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import fsspec
@@ -22,7 +23,7 @@ from torch import Tensor
 from medusa_ray import parts, provenance, shards
 from medusa_ray.config import RunConfig, UserError
 from medusa_ray.states import read_output_layer
-from medusa_ray.train import checkpoints
+from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import deepspeed_config
 from medusa_ray.train.journal import CURVE, check_trackers, line, read_curve
@@ -41,13 +42,24 @@ FREE = {
 
 
 def run(config: RunConfig) -> str:
-    """Writes heads/ and returns its URI.
+    """Writes heads/ and returns its URI; with config.joint, warm_heads/ before it and adapter/ beside it.
 
     Raises UserError when hidden/ cannot train these heads, the loss is not finite, or training/ holds the unfinished
     run of another config. A killed run goes on from its newest checkpoint, in training/ beside heads/.
     """
-    heads, hidden, distilled, training = (
-        parts.absolute(config.artifact(name)) for name in ("heads", "hidden", "distilled", "training")
+    if config.joint is None:
+        train_heads(config, "heads")
+    else:
+        joint.check(config)  # now, rather than when the heads are warm
+        train_heads(config, "warm_heads")
+        train_jointly(config)
+    return config.artifact("heads")
+
+
+def train_heads(config: RunConfig, name: str) -> None:
+    """hidden/ -> heads, into the artifact of that name."""
+    heads, hidden, distilled = (
+        parts.absolute(config.artifact(folder)) for folder in (name, "hidden", "distilled")
     )
     settings = {
         "revision": config.model.revision,
@@ -56,7 +68,7 @@ def run(config: RunConfig) -> str:
     }
     inputs = {"hidden": provenance.digest(hidden), "base": provenance.digest(config.model.base)}
     if provenance.is_complete(heads, settings, inputs):
-        return config.artifact("heads")
+        return
     if provenance.read(hidden) is None:
         raise UserError(f"{hidden} is not finished. Run the hidden stage first.")
     check_trackers(config.train)  # now, rather than in every worker
@@ -66,24 +78,59 @@ def run(config: RunConfig) -> str:
     is_streamed = config.hidden.mode == "stream"
     corpus = Corpus.survey(distilled if is_streamed else hidden, config, output_layer_VC.shape[1])
     token_map_M, draft_coverage = corpus.draft(config.heads, output_layer_VC.shape[0])
-    device = shards.device_of(config.model)
-    if not begin(training, settings, inputs):
-        remove(heads)
-    job = Job.of(config, corpus, token_map_M, device)
-    with relayed(f"{heads}/{CURVE}"), stoppable(training):
-        result: Any = trainer(job, output_layer_VC, corpus.counts).fit()
+    job = replace(Job.of(config, corpus, token_map_M, shards.device_of(config.model)), output=heads)
+    facts = fit(job, [heads], settings, inputs, output_layer_VC, corpus.counts)
+    provenance.write(heads, settings, inputs, **facts, draft_coverage=draft_coverage)
+
+
+def train_jointly(config: RunConfig) -> None:
+    """distilled/ and warm_heads/ -> adapter/ and heads/."""
+    assert config.joint is not None
+    distilled, warm_heads = (parts.absolute(config.artifact(name)) for name in ("distilled", "warm_heads"))
+    settings = {
+        "model": config.model.model_dump(include={"revision", "dtype", "quantization"}),
+        "loss_on": config.data.loss_on,
+        "train": config.train.model_dump(),
+        "joint": config.joint.model_dump(),
+    }
+    inputs = {"distilled": provenance.digest(distilled), "warm_heads": provenance.digest(warm_heads)}
+    inputs["base"] = provenance.digest(config.model.base)
+    heads = parts.absolute(config.artifact("heads"))
+    if provenance.is_complete(heads, settings, inputs):
+        return
+    deepspeed_config(joint.settings_of(config.train, config.joint))
+    counts, held_out = joint.survey(distilled, config)
+    job = joint.JointJob.of_rows(config, counts, held_out, shards.device_of(config.model))
+    facts = fit(job, [heads, job.adapter], settings, inputs, None, counts)
+    provenance.write(job.adapter, settings, inputs)
+    provenance.write(heads, settings, inputs, **facts)
+
+
+def fit(
+    job: Job,
+    outputs: list[str],
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    output_layer_VC: Tensor | None,
+    counts: list[Ints],
+) -> dict[str, Any]:
+    """Runs a job to its end, from its newest checkpoint if there is one. Returns facts for provenance."""
+    if not begin(job.training, settings, inputs):
+        for output in outputs:
+            remove(output)
+    with relayed(f"{job.output}/{CURVE}"), stoppable(job.training):
+        result: Any = trainer(job, output_layer_VC, counts).fit()
     if result.return_value == STOPPED:
-        LOG.warning("stage=train has saved and stopped. The same command goes on from %s", training)
+        LOG.warning("stage=train has saved and stopped. The same command goes on from %s", job.training)
         raise SystemExit(128 + signal.SIGTERM)
     if result.return_value is not None:
         raise UserError(result.return_value)
-    finish(training)
-    facts = {"num_steps": read_curve(f"{heads}/{CURVE}")[-1]["step"], "num_positions": job.num_positions}
-    num_held_out = sum(len(row_R) for _, row_R in job.held_out)
-    provenance.write(
-        heads, settings, inputs, **facts, num_held_out=num_held_out, draft_coverage=draft_coverage
-    )
-    return config.artifact("heads")
+    finish(job.training)
+    return {
+        "num_steps": read_curve(f"{job.output}/{CURVE}")[-1]["step"],
+        "num_positions": job.num_positions,
+        "num_held_out": sum(len(row_R) for _, row_R in job.held_out),
+    }
 
 
 def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
@@ -91,8 +138,12 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
 
     Raises UserError when it holds the unfinished run of another config or of other data.
     """
-    train = {key: value for key, value in settings["train"].items() if key not in FREE}
-    ours = {**settings, "train": train, **inputs}
+    bound = {
+        section: {key: value for key, value in settings[section].items() if key not in FREE}
+        for section in ("train", "joint")
+        if section in settings
+    }
+    ours = {**settings, **bound, **inputs}
     if checkpoints.names(training) and exists(f"{training}/{RUN}"):
         found = provenance.read_json(f"{training}/{RUN}")
         apart = [f"{key} was {old}, and is {new}" for key, old, new in differences(found["of"], ours)]
@@ -144,7 +195,7 @@ def stoppable(training: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def trainer(job: Job, output_layer_VC: Tensor, counts: list[Ints]) -> TorchTrainer:
+def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> TorchTrainer:
     """Raises UserError when the cluster has no room for the workers."""
     on_gpu = job.device == "cuda"
     resource, num_workers = "GPU" if on_gpu else "CPU", job.train.num_workers

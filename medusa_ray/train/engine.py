@@ -6,7 +6,7 @@
 import importlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,24 @@ from torch import Tensor, nn
 from medusa_ray import provenance
 from medusa_ray.config import HeadsConfig, TrainConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import HeadLoss, cross_entropy_for, medusa_loss
+from medusa_ray.medusa.loss import HeadLoss, cross_entropy_for, medusa_loss, num_losses
 from medusa_ray.train.rows import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class Group(TypedDict):
+    """Weights of one learning rate."""
+
+    params: list[nn.Parameter]
+    share: float  # of the config's
+
+
+class Seen(NamedTuple):
+    """Held-out rows as the heads see them."""
+
+    batch: Batch
+    base_sums_4X: Tensor  # loss_sum_H and so on of the base, X 1 where it is trained too and 0 where not
 
 
 class HeadTrainer(nn.Module):
@@ -40,6 +54,21 @@ class HeadTrainer(nn.Module):
         )
         self.heads.init_from(output_layer_VC.to(self.dtype))
         self.cross_entropy = cross_entropy_for(self.heads, train.batch_size)
+        self.head_weight = train.head_weight
+        self.flops_per_position = heads.flops_per_position(hidden_size, self.heads.draft_vocab_size)
+
+    def groups(self) -> list[Group]:
+        return [{"params": list(self.parameters()), "share": 1.0}]
+
+    def weights(self) -> Tensor:
+        """By which the mean loss of each head [H] counts."""
+        return torch.full((self.heads.num_heads,), self.head_weight) ** torch.arange(self.heads.num_heads)
+
+    def num_losses(self, batch: Batch) -> Tensor:
+        return num_losses(self.heads, batch.labels_NH)
+
+    def seen(self, held_out: list[Batch]) -> list[Seen]:
+        return [Seen(batch, torch.empty(4, 0)) for batch in held_out]
 
     def forward(self, batch: Batch, weight_H: Tensor, with_hits: bool) -> HeadLoss:
         return medusa_loss(
@@ -53,8 +82,8 @@ class HeadTrainer(nn.Module):
         )
 
 
-def start(model: nn.Module, train: TrainConfig, device: str) -> Any:
-    """A DeepSpeed engine around a model whose parameters are all trained."""
+def start(model: Any, train: TrainConfig, device: str) -> Any:
+    """A DeepSpeed engine around a model that names what is trained of it by `groups`."""
     import deepspeed  # here, since it looks for an accelerator, which the driver need not have
 
     # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler.
@@ -70,8 +99,8 @@ def start(model: nn.Module, train: TrainConfig, device: str) -> Any:
     config = deepspeed_config(train)
     optimizer = None
     if "optimizer" not in config:
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=train.weight_decay, fused=True)
-    parameters = None if optimizer else list(model.parameters())
+        optimizer = torch.optim.AdamW(model.groups(), weight_decay=train.weight_decay, fused=True)
+    parameters = None if optimizer else model.groups()
     engine = deepspeed.initialize(
         model=model, optimizer=optimizer, model_parameters=parameters, config=config
     )[0]
@@ -157,21 +186,27 @@ def optimizer_of(engine: Any) -> Any:
 
 
 def gathered(engine: Any) -> Any:
-    """A context in which all weights are there; ZeRO-3 shards them."""
+    """A context in which the heads' weights are there; ZeRO-3 shards them."""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
+    return deepspeed.zero.GatheredParameters(list(engine.module.heads.parameters()))
+
+
+def trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
 
 
 def full_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights in fp32 and moments of the optimizer by name, each whole, whatever ZeRO's stage and the number of ranks.
+    """Weights in fp32 and moments of the optimizer by name, each whole, whatever ZeRO's stage and the number of ranks:
+    of what is trained.
 
     All ranks must ask for all of them, since each holds a part.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     masters = unsharded_masters(engine)
-    for name, weight in engine.module.named_parameters():
+    link_moments(engine)
+    for name, weight in trained(engine):
         if masters is None:
             yield f"weight/{name}", safe_get_full_fp32_param(weight)
             for moment in MOMENTS:
@@ -196,9 +231,10 @@ def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Ca
         engine.backward(idle())
         engine.step()
     optimizer, masters = optimizer_of(engine), unsharded_masters(engine)
+    link_moments(engine)
     for state in optimizer.state.values():
         state["step"].fill_(step)
-    for name, weight in engine.module.named_parameters():
+    for name, weight in trained(engine):
         value = tensors[f"weight/{name}"].to(engine.device)
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
             weight.data.copy_(value)
@@ -214,11 +250,19 @@ def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Ca
                 optimizer.state[masters[weight]][moment].copy_(value)
 
 
+def link_moments(engine: Any) -> None:
+    """ZeRO 1 and 2 tell weights of their moments once the first group of them has taken a step, when the others have
+    none yet. deepspeed 0.19 never does so again; drop this when it waits for the last."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def unsharded_masters(engine: Any) -> dict[Tensor, Tensor] | None:
     """The fp32 weight of each weight with ZeRO 0, where DeepSpeed's own way to them does not work."""
     if engine.zero_optimization_stage():
         return None
     if not hasattr(engine.optimizer, "fp32_groups"):
-        return {weight: weight for weight in engine.module.parameters()}
+        return {weight: weight for _, weight in trained(engine)}
     groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {weight: master for pair in groups for weight, master in zip(*pair, strict=True)}

@@ -16,7 +16,6 @@ from medusa_ray import parts, shards
 from medusa_ray.config import HiddenConfig, ModelConfig
 from medusa_ray.states import Body, leaves_labels
 from medusa_ray.train.order import Ints, Line, Piece, Plan, cut
-from medusa_ray.train.rows import Batch, Form, joined
 
 Wanted = tuple[str, Ints]  # a part, and some of its rows, ascending
 Source = Callable[
@@ -78,13 +77,16 @@ class Feed:
     """Feeds one worker."""
 
     def __init__(
-        self, counts: list[Ints], names: list[str], seed: int, source: Source, form: Form, rank: int
+        self, counts: list[Ints], names: list[str], seed: int, source: Source, form: Any, rank: int
     ) -> None:
-        """counts: of each part, the positions of each of its rows that are trained on. names: of the parts."""
+        """counts: of each part, the positions of each of its rows that are trained on. names: of the parts.
+
+        form: a Form, or whatever else makes batches of tables.
+        """
         self.counts, self.names, self.seed = counts, names, seed
         self.source, self.form, self.rank = source, form, rank
 
-    def steps(self, plan: Plan, done: int, batch_size: int) -> Iterator[list[Batch]]:
+    def steps(self, plan: Plan, done: int, batch_size: int) -> Iterator[list[Any]]:
         """The micro-batches of each step of a plan but the first `done`.
 
         A position without a label stands where nothing is left: no worker can sit out a step of the others.
@@ -95,16 +97,16 @@ class Feed:
         left = self.form.nothing()[:0]
         for _ in range(done, plan.num_steps):
             while len(left) < plan.per_step and (batch := next(coming, None)) is not None:
-                left = joined([left, batch]) if len(left) else batch
+                left = self.form.joined([left, batch]) if len(left) else batch
             now, left = left[: plan.per_step], left[plan.per_step :]
             micro = [now[first : first + batch_size] for first in range(0, plan.per_step, batch_size)]
             yield [batch if len(batch) else self.form.nothing() for batch in micro]
 
-    def rows(self, wanted: list[Wanted]) -> Iterator[Batch]:
+    def rows(self, wanted: list[Wanted]) -> Iterator[Any]:
         """All positions of rows, a batch for each part that they are of."""
         return map(self.form.batch, self.source(wanted))
 
-    def _batches(self, pieces: list[Piece]) -> Iterator[Batch]:
+    def _batches(self, pieces: list[Piece]) -> Iterator[Any]:
         """The positions of each piece."""
         wanted = [
             [(part, np.sort(piece.row_R[piece.part_R == part])) for part in np.unique(piece.part_R)]
@@ -112,7 +114,7 @@ class Feed:
         ]
         found = self.rows([(self.names[part], row_R) for group in wanted for part, row_R in group])
         for piece, group in zip(pieces, wanted, strict=True):
-            whole = joined([next(found) for _ in group])
+            whole = self.form.joined([next(found) for _ in group])
             # Where each row begins in what was read: by part, and by place in it.
             read_R = np.lexsort((piece.row_R, piece.part_R))
             start_R = np.empty_like(read_R)

@@ -130,5 +130,6 @@ def line(record: dict[str, Any]) -> str:
         text += f" share_of_peak={record['share_of_peak']:.3f}"
     if held_out := record.get("held_out"):
         text += f" held_out_loss={held_out['loss']:.3f}"
+        text += f" base_kl={held_out['base_kl']:.4f}" if "base_kl" in held_out else ""
         text += "".join(f" {name}={value:.2f}" for name, value in held_out["tokens_per_step"].items())
     return text

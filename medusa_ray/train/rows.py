@@ -37,6 +37,15 @@ class Batch:
         teacher = self.teacher and Teacher(*(tensor.to(device) for tensor in self.teacher))
         return Batch(self.hidden_NC.to(device), self.labels_NH.to(device), teacher, self.id_N)
 
+    @property
+    def num_positions(self) -> int:
+        return len(self)
+
+    def suspects(self) -> list[str]:
+        """Rows with states that are not finite, or all when there is none."""
+        broken_N = ~self.hidden_NC.isfinite().all(dim=1).cpu().numpy()
+        return sorted(set(self.id_N[broken_N] if broken_N.any() else self.id_N))
+
 
 class Places(NamedTuple):
     """The positions of a table at which some head has a label."""
@@ -109,6 +118,10 @@ class Form:
         hidden_NC = torch.from_numpy(bits_NC.reshape(-1, self.hidden_size)[places.place_N.numpy()])
         id_N = table["id"].to_numpy()[places.row_N.numpy()]
         return Batch(hidden_NC.view(getattr(torch, self.dtype)), places.labels_NH, places.teacher, id_N)
+
+    def joined(self, batches: list[Batch]) -> Batch:
+        """The positions of all, in their order."""
+        return joined(batches)
 
     def nothing(self) -> Batch:
         """One position without a label."""

@@ -1,13 +1,14 @@
 """One rank's part of a training: fed with batches, it takes DeepSpeed's steps, keeps checkpoints and the journal.
 
-# N positions   H heads   C hidden   M draft vocabulary   T positions of a row
+# N positions   H heads   W = H, or 1 + H where the base is trained too   C hidden   M draft vocabulary
+# T positions of a row
 """
 
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -17,16 +18,14 @@ from torch import Tensor
 from medusa_ray import parts, shards
 from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, RunConfig, TrainConfig
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import num_losses
 from medusa_ray.medusa.ranks import tokens_per_step
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.train import checkpoints
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import HeadTrainer, full_state, gathered, load_full_state, start
-from medusa_ray.train.feed import Feed, Wanted, from_base, from_disk
+from medusa_ray.train.feed import Feed, Source, Wanted, from_base, from_disk
 from medusa_ray.train.journal import Journal
 from medusa_ray.train.order import Ints, Plan
-from medusa_ray.train.rows import Batch, Form
 from medusa_ray.train.watch import Meter, StopFile, Trace, judge, sums_of
 
 STOP = "stop"  # a file in training/: save and leave
@@ -37,12 +36,13 @@ STOPPED = "stopped"  # what a worker returns then
 class Job:
     """All that a worker needs to know."""
 
+    section: ClassVar = "train"  # of the config, where its learning rate stands
     hidden: str  # hidden/, or distilled/ where the states are streamed
     training: str
     output: str  # heads/
     base: str
     device: str
-    form: Form
+    form: Any  # a Form, or of rows
     names: list[str]  # of the parts
     held_out: list[Wanted]  # rows that are not
     num_positions: int
@@ -51,6 +51,21 @@ class Job:
     heads: HeadsConfig
     train: TrainConfig
     streamed: tuple[ModelConfig, HiddenConfig, str] | None  # what the base is asked for and data.loss_on
+
+    def new_model(self, output_layer_VC: Tensor | None) -> Any:
+        assert output_layer_VC is not None
+        return HeadTrainer(self.heads, self.train, output_layer_VC, self.token_map_M)
+
+    def source(self) -> Source:
+        if self.streamed is None:
+            return from_disk(self.hidden)
+        return from_base(self.hidden, self.base, self.device, *self.streamed, self.train.num_workers)
+
+    def write(self, weights: dict[str, Tensor], output_layer_VC: Tensor | None, model: Any) -> None:
+        """Writes what was trained. model: as `new_model` made it, its own weights wherever DeepSpeed has left them."""
+        model = self.new_model(output_layer_VC)
+        model.load_state_dict(weights, strict=False)  # but for what the base shares, and the token map
+        model.heads.save(self.output, self.base)
 
     @classmethod
     def of(cls, config: RunConfig, corpus: Corpus, token_map_M: Tensor | None, device: str) -> "Job":
@@ -135,27 +150,20 @@ def worker(config: dict[str, Any]) -> str | None:
 class Run:
     """A rank's state, and the loop."""
 
-    def __init__(self, job: Job, rank: int, output_layer_VC: Tensor, counts: list[Ints]) -> None:
+    def __init__(self, job: Job, rank: int, output_layer_VC: Tensor | None, counts: list[Ints]) -> None:
         """counts: of each part, the positions of each of its rows that are trained on."""
         self.job, self.train, self.rank = job, job.train, rank
-        self.new_model = partial(HeadTrainer, job.heads, job.train, output_layer_VC, job.token_map_M)
-        model = self.new_model()
+        self.output_layer_VC = output_layer_VC
+        model = job.new_model(output_layer_VC)
         self.engine = start(model, job.train, job.device)
+        self.weight_W = model.weights().to(self.engine.device)
         self.state = self._resume()
-        source = (
-            from_base(job.hidden, job.base, job.device, *job.streamed, job.train.num_workers)
-            if job.streamed
-            else from_disk(job.hidden)
-        )
-        self.feed = Feed(counts, job.names, job.train.seed, source, job.form, self.rank)
+        self.feed = Feed(counts, job.names, job.train.seed, job.source(), job.form, self.rank)
         self.held_out = list(self.feed.rows(job.held_out[self.rank :: job.train.num_workers]))
         self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
         self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
-        flops = job.heads.flops_per_position(job.form.hidden_size, model.heads.draft_vocab_size)
-        self.meter = Meter(self.engine.device, model.dtype, flops, job.train.num_workers)
+        self.meter = Meter(self.engine.device, model.dtype, model.flops_per_position, job.train.num_workers)
         self.trace = Trace(job.train.profile_steps, job.output) if self.rank == 0 else None
-        weights = torch.full((job.heads.num_heads,), job.train.head_weight, device=self.engine.device)
-        self.head_weight_H = weights ** torch.arange(len(weights), device=self.engine.device)
 
     def _resume(self) -> State:
         """Rank 0 says which checkpoint: others might see another one as the newest whole."""
@@ -165,10 +173,10 @@ class Run:
             return State(0, self.job.epoch(0), 0, [])
         checkpoint = checkpoint or checkpoints.read(self.job.training, name)
         nothing = self.job.form.nothing().to(self.engine.device)
-        zero_H = torch.zeros(self.job.heads.num_heads, device=self.engine.device)
+        zero_W = torch.zeros_like(self.weight_W)
         step = checkpoint.state["step"]
         load_full_state(
-            self.engine, checkpoint.tensors, step, lambda: self.engine(nothing, zero_H, False).loss
+            self.engine, checkpoint.tensors, step, lambda: self.engine(nothing, zero_W, False).loss
         )
         return State.of(checkpoint.state, self.job)
 
@@ -182,13 +190,13 @@ class Run:
             state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
         return None
 
-    def _move_on(self, micro_batches: list[Batch]) -> str | None:
+    def _move_on(self, micro_batches: list[Any]) -> str | None:
         """One step, and whatever is due after it."""
         state, train = self.state, self.train
         number, num_steps = state.step + 1, self._num_steps()
         rate = learning_rate(state.step, num_steps, train)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         is_last = number == num_steps
         is_judged = bool(self.job.held_out) and (number % train.eval_steps == 0 or is_last)
         is_logged = number % train.logging_steps == 0 or is_last or is_judged
@@ -197,13 +205,13 @@ class Run:
         outcome = self._step(micro_batches, is_logged)
         if outcome.culprit is not None:
             return (
-                f"step={number} {outcome.culprit}. Training stopped before this step. Lower train.learning_rate, now "
-                f"{train.learning_rate}, or mend these rows of {self.job.hidden}."
+                f"step={number} {outcome.culprit}. Training stopped before this step. Lower "
+                f"{self.job.section}.learning_rate, now {train.learning_rate}, or mend these rows of {self.job.hidden}."
             )
         state.step, state.done = number, state.done + 1
         if self.trace:
             self.trace.after(number)
-        self.meter.count(sum(map(len, micro_batches)))
+        self.meter.count(sum(batch.num_positions for batch in micro_batches))
         held_out = self._judge() if is_judged else None
         if is_logged:
             self._record(outcome.figures, rate, held_out)
@@ -219,18 +227,20 @@ class Run:
         later = (self.train.epochs - state.plan.epoch - 1) * self.job.epoch(0).num_steps
         return state.step - state.done + state.plan.num_steps + later
 
-    def _step(self, micro_batches: list[Batch], is_logged: bool) -> Outcome:
+    def _step(self, micro_batches: list[Any], is_logged: bool) -> Outcome:
         """One step of the optimizer, unless some rank's loss is not finite."""
         engine = self.engine
-        heads: MedusaHeads = engine.module.heads
+        # What is random in a step, as dropout is, follows from the step: a resumed run repeats it.
+        draw = np.random.SeedSequence([self.train.seed, self.state.step, self.rank])
+        torch.manual_seed(int(draw.generate_state(1)[0]))
         batches = [batch.to(engine.device) for batch in micro_batches]
-        num_H = torch.stack([num_losses(heads, batch.labels_NH) for batch in batches]).sum(dim=0)
-        dist.all_reduce(num_H)  # of the whole step, so that each label counts the same wherever it falls
+        num_W = torch.stack([engine.module.num_losses(batch) for batch in batches]).sum(dim=0)
+        dist.all_reduce(num_W)  # of the whole step, so that each label counts the same wherever it falls
         # DeepSpeed takes means over ranks and micro-batches, where sums are wanted.
-        weight_H = self.head_weight_H * dist.get_world_size() * len(batches) / num_H.clamp(min=1)
+        weight_W = self.weight_W * dist.get_world_size() * len(batches) / num_W.clamp(min=1)
         sums, is_finite = [], []
         for number, batch in enumerate(batches, 1):
-            result = engine(batch, weight_H, is_logged)
+            result = engine(batch, weight_W, is_logged)
             is_finite.append(result.loss.detach().isfinite())
             if is_logged:
                 sums.append(sums_of(result))
@@ -242,22 +252,26 @@ class Run:
             engine.step()  # which moves the weights after the last micro-batch only
         if not is_logged:
             return Outcome(None, None, must_stop)
-        return Outcome(self._figures(torch.stack(sums).sum(dim=0), num_H), None, must_stop)
+        return Outcome(self._figures(torch.stack(sums).sum(dim=0), num_W), None, must_stop)
 
-    def _figures(self, sums_4H: Tensor, num_H: Tensor) -> dict[str, Any]:
-        """Means over all labels of all ranks. sums_4H: loss_sum_H, num_labels_H, top1_H and top5_H of this rank."""
-        dist.all_reduce(sums_4H)
-        loss_H, labels_H, top1_H, top5_H = sums_4H
-        head_loss_H = loss_H / num_H.clamp(min=1)
-        top1_H, top5_H = top1_H / labels_H.clamp(min=1), top5_H / labels_H.clamp(min=1)
-        return {
-            "loss": (head_loss_H @ self.head_weight_H).item(),
-            "head_loss": head_loss_H.tolist(),
-            "top1": top1_H.tolist(),
-            "top5": top5_H.tolist(),
+    def _figures(self, sums_4W: Tensor, num_W: Tensor) -> dict[str, Any]:
+        """Means over all labels of all ranks. sums_4W: loss_sum_H, num_labels_H, top1_H and top5_H of this rank."""
+        dist.all_reduce(sums_4W)
+        loss_W, labels_W, top1_W, top5_W = sums_4W
+        mean_W = loss_W / num_W.clamp(min=1)
+        top1_W, top5_W = top1_W / labels_W.clamp(min=1), top5_W / labels_W.clamp(min=1)
+        num_heads = self.job.heads.num_heads
+        figures = {
+            "loss": (mean_W @ self.weight_W).item(),
+            "head_loss": mean_W[-num_heads:].tolist(),
+            "top1": top1_W[-num_heads:].tolist(),
+            "top5": top5_W[-num_heads:].tolist(),
         }
+        if len(mean_W) > num_heads:
+            figures |= {"base_kl": mean_W[0].item(), "base_top1": top1_W[0].item()}
+        return figures
 
-    def _agree(self, is_finite: Tensor, batches: list[Batch]) -> tuple[str | None, bool]:
+    def _agree(self, is_finite: Tensor, batches: list[Any]) -> tuple[str | None, bool]:
         """What forbids the step, as the first rank that it concerns puts it, and whether to save and leave.
 
         All ranks learn it, so all stop and none waits for another.
@@ -273,8 +287,7 @@ class Run:
         text = None
         if rank == self.rank:
             batch = batches[int(is_finite.int().argmin())]
-            broken_N = ~batch.hidden_NC.isfinite().all(dim=1).cpu().numpy()
-            ids = sorted(set(batch.id_N[broken_N] if broken_N.any() else batch.id_N))
+            ids = batch.suspects()
             text = f"rank={rank}: the loss is not finite, of rows {', '.join(ids[:5])}" + (
                 " ..." if ids[5:] else ""
             )
@@ -305,20 +318,24 @@ class Run:
 
         Half of the rows shape the tree and the others judge it.
         """
+        seen = self.engine.module.seen(self.held_out)
         with gathered(self.engine):
             heads: MedusaHeads = self.engine.module.heads
-            judged = [judge(heads, batch.to(self.engine.device)) for batch in self.held_out]
-        none_H = torch.zeros(heads.num_heads, device=self.engine.device)  # a rank may hold no held-out row
-        sums_4H = sum((sums_4H for sums_4H, *_ in judged), torch.stack([none_H] * 4))
-        num_H = sum((num_H for _, num_H, _ in judged), none_H)
-        dist.all_reduce(num_H)
+            judged = [judge(heads, batch.to(self.engine.device)) for batch, _ in seen]
+        none_W = torch.zeros_like(self.weight_W)  # a rank may hold no held-out row
+        sums_4W, num_W = torch.stack([none_W] * 4), none_W
+        for (sums_4H, num_H, _), (_, base_sums_4X) in zip(judged, seen, strict=True):
+            base_sums_4X = base_sums_4X.to(sums_4H.device)
+            sums_4W = sums_4W + torch.cat([base_sums_4X, sums_4H], dim=1)
+            num_W = num_W + torch.cat([base_sums_4X[1], num_H])
+        dist.all_reduce(num_W)
         mine = [rank_TH for *_, ranks in judged for rank_TH in ranks]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         ranks = [rank_TH for theirs in everyone for rank_TH in theirs]
         shaping, scoring = (ranks[::2], ranks[1::2]) if len(ranks) > 1 else (ranks, ranks)
         tree = Tree.calibrated(torch.cat(shaping), self.job.tree_nodes)
-        figures = self._figures(sums_4H, num_H)
+        figures = self._figures(sums_4W, num_W)
         trees = {"chain": Tree.chain(heads.num_heads), f"tree_{self.job.tree_nodes}": tree}
         return figures | {"tokens_per_step": {name: tokens_per_step(scoring, t) for name, t in trees.items()}}
 
@@ -347,14 +364,12 @@ class Run:
             best = self.state.best if self.train.keep == "best" else None
             name = best["name"] if best else checkpoints.names(self.job.training)[-1]
             saved = checkpoints.read(self.job.training, name).tensors
-            model = self.new_model()
             weights = {
                 key.removeprefix("weight/"): value
                 for key, value in saved.items()
                 if key.startswith("weight/")
             }
-            model.load_state_dict(weights, strict=False)  # but for what the base shares, and the token map
-            model.heads.save(self.job.output, self.job.base)
+            self.job.write(weights, self.output_layer_VC, self.engine.module)
         dist.barrier()
 
 
