@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,8 @@ from medusa_ray.train.feed import Feed, from_disk
 from medusa_ray.train.journal import CURVE, Journal, check_trackers, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
-from medusa_ray.train.worker import Job, Run, State, learning_rate
 from medusa_ray.train.watch import Trace
+from medusa_ray.train.worker import Job, Run, State, learning_rate
 
 V = 24  # and the hidden size: a state is its token, one-hot
 PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
@@ -429,11 +431,13 @@ def test_trackers_are_told_what_the_curve_says(
     }  # fmt: skip
     assert told.calls[-1] == (log, ((expected,), {"step": 10}))
     assert "my_run" in str(told.calls)
+
+
+def test_a_tracker_without_its_package_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"has 'wandb', but there is no package of that name. pip install wandb"
     ):
-        monkeypatch.delitem(sys.modules, tracker)
-        check_trackers(TrainConfig(trackers=["wandb"]))
+        check_trackers(TrainConfig(trackers=["tensorboard", "wandb"]))
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path: Path) -> None:
@@ -496,7 +500,14 @@ def all_stages(rank: int, meeting: Path, configs: list[RunConfig]) -> None:
     for config in configs:
         corpus = corpus_of(config)
         job = Job.of(config, corpus, None, "cpu")
-        assert Run(job, rank, train.read_output_layer(config.model), corpus.counts).take_steps() is None
+        start = partial(Run, rank=rank, output_layer_VC=train.read_output_layer(config.model), counts=corpus.counts)
+        run = start(job)
+        assert run.take_steps() is None
+        if run.journal:
+            run.journal.write()
+    # Where nothing can be written, all say so, and none waits for another.
+    nowhere = replace(job, training=f"{job.training}/step_00000020/state.json/x", output=f"{job.output}/x")
+    assert "step=20: the checkpoint cannot be written" in (start(nowhere).take_steps() or "")
 
 
 @pytest.mark.timeout(600)
