@@ -2,7 +2,7 @@
 
     pytest -m nightly tests/test_medusa2_campaign.py -s
 
-takes a quarter of an hour on a quiet core, and prints both side by side.
+takes nine minutes on a quiet core, and prints both side by side.
 """
 
 import os

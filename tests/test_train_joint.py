@@ -71,6 +71,7 @@ def write_run(
     }
     config = parse(RunConfig, raw, "test")
     layout = config.heads.model_dump(exclude={"draft_vocab_size"})
+    torch.manual_seed(0)  # low-rank terms begin at random
     warm = MedusaHeads(**layout, hidden_size=32, vocab_size=V)
     warm.init_from(base_of.output_weight(str(base)))
     warm.save(folder / "warm_heads", str(base))
