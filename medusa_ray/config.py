@@ -202,7 +202,7 @@ class JointConfig(Strict):
         0.2, gt=0, description="What the heads' loss counts beside the base's divergence: the paper's lambda_0."
     )
     rank: int = Field(32, gt=0, description="Rank of the adapter.")
-    alpha: float = Field(16, gt=0, description="The adapter counts alpha / rank.")
+    alpha: int = Field(16, gt=0, description="The adapter counts alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Share of an adapter's inputs dropped while training.")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Layers that are adapted, by the ends of their names; never the output layer."

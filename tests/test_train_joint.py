@@ -165,10 +165,14 @@ def test_without_the_adapter_the_base_is_itself_to_the_bit(tiny_base: Path, tmp_
         assert not torch.allclose(model.states(Rows([row])), own_NC, atol=0.1)
 
 
-def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_packable", [True, False])
+def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(
+    is_packable: bool, tiny_base: Path, tmp_path: Path
+) -> None:
     """Packing, positions and labels are all in it. The oracle knows none of them."""
     job, _ = job_of(config := write_run(tmp_path, tiny_base))
     model = jolted(job.new_model(None)).eval()
+    model.is_packable = is_packable
     rows = rows_of(config)
     weight_W = torch.tensor([1.0, 0.3, 0.2])
     found = model(rows, weight_W, True)

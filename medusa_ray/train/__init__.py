@@ -138,7 +138,7 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
 
     Raises UserError when it holds the unfinished run of another config or of other data.
     """
-    bound = {
+    bound: dict[str, Any] = {
         section: {key: value for key, value in settings[section].items() if key not in FREE}
         for section in ("train", "joint")
         if section in settings

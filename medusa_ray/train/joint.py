@@ -8,7 +8,6 @@ whole rows through the base, with the adapter and without.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ from medusa_ray.train.worker import Job
 
 # transformers and peft are imported where they are used: the driver, and training of heads alone, need neither.
 
-LOG = logging.getLogger("medusa_ray")
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32
 ADAPTER = "base."  # how names of trained tensors begin that are not the heads'
 
@@ -140,6 +138,8 @@ def survey(distilled: str, config: RunConfig) -> tuple[list[Ints], list[Wanted]]
 class JointTrainer(nn.Module):
     """What DeepSpeed wraps: the base, whose adapter alone is trained, and the heads."""
 
+    output_VC: Tensor
+
     def __init__(
         self,
         model: ModelConfig,
@@ -231,17 +231,14 @@ class JointTrainer(nn.Module):
             cross_entropy_for(self.heads, len(states_NC)),
             with_hits=with_hits,
         )
-        hits = [None, None]
-        if found.top1_H is not None and found.top5_H is not None:
-            hits = [
-                torch.cat([own, heads])
-                for own, heads in ((sums[1:2], found.top1_H), (sums[2:3], found.top5_H))
-            ]
+        top1_W = None if found.top1_H is None else torch.cat([sums[1:2], found.top1_H])
+        top5_W = None if found.top5_H is None else torch.cat([sums[2:3], found.top5_H])
         result = HeadLoss(
             sums[0] * weight_W[0] + found.loss,
             torch.cat([sums[:1].detach(), found.loss_sum_H]),
             (labels_NW != IGNORED).sum(dim=0),
-            *hits,
+            top1_W,
+            top5_W,
         )
         return result, states_NC
 
@@ -250,9 +247,9 @@ class JointTrainer(nn.Module):
         from medusa_ray.medusa.states import packs, states_of_pass
 
         lengths = [len(row.input_ids) for row in batch.rows]
-        (rows,) = packs(lengths, len(lengths) * max(lengths), self.is_packable)
-        tokens = [[batch.rows[number].input_ids for number in row] for row in rows]
-        wanted = [[list(batch.rows[number].position) for number in row] for row in rows]
+        (rows,) = packs(lengths, len(lengths) * max(lengths), shares_rows=self.is_packable)
+        tokens: Any = [[batch.rows[number].input_ids for number in row] for row in rows]
+        wanted: Any = [[batch.rows[number].position for number in row] for row in rows]
         found_NC = states_of_pass(self.base.get_base_model(), tokens, wanted, self.is_packable)
         numbers = [number for row in rows for number in row]
         pieces = found_NC.split([len(batch.rows[number].position) for number in numbers])
