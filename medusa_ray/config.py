@@ -568,8 +568,7 @@ def _nearest(kind: type[Strict], section: type[Strict] | None, path: str) -> str
     prefix, _, name = path.rpartition(".")
     if section and (sibling := _close(name, section.model_fields)):
         return f"{prefix}.{sibling}" if prefix else sibling
-    # Of one name in two sections, as train and joint have some, the first is meant.
-    paths = {dotted.split(".")[-1]: dotted for dotted in reversed(_dotted(kind))}
+    paths = {dotted.split(".")[-1]: dotted for dotted in reversed(_dotted(kind))}  # the first of a name is meant
     anywhere = _close(name, paths)
     return paths[anywhere] if anywhere else None
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, medusa_loss, whole_cross_entropy
+from medusa_ray.medusa.loss import IGNORED, medusa_loss, num_losses, whole_cross_entropy
 from medusa_ray.train import checkpoints, order
 from medusa_ray.train.corpus import Corpus, is_held_out
 from medusa_ray.train.engine import HeadTrainer, deepspeed_config
@@ -492,22 +492,34 @@ def reference_losses(config: RunConfig) -> list[float]:
     return losses
 
 
-def all_stages(rank: int, meeting: Path, configs: list[RunConfig]) -> None:
+def one_rank(rank: int, meeting: Path, configs: list[RunConfig]) -> None:
     """What Ray Train starts, without Ray: one worker, in a group of as many as the configs say."""
     num_workers = configs[0].train.num_workers
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=num_workers)
     for config in configs:
-        corpus = corpus_of(config)
-        job = Job.of(config, corpus, None, "cpu")
-        start = partial(Run, rank=rank, output_layer_VC=train.read_output_layer(config.model), counts=corpus.counts)
+        output_VC = train.read_output_layer(config.model)
+        vocab_size, hidden_size = output_VC.shape
+        corpus = Corpus.survey(config.artifact("hidden"), config, hidden_size)
+        job = Job.of(config, corpus, corpus.draft(config.heads, vocab_size)[0], "cpu")
+        start = partial(Run, rank=rank, output_layer_VC=output_VC, counts=corpus.counts)
         run = start(job)
         assert run.take_steps() is None
         if run.journal:
             run.journal.write()
+        run.write_heads()
     # Where nothing can be written, all say so, and none waits for another.
-    nowhere = replace(job, training=f"{job.training}/step_00000020/state.json/x", output=f"{job.output}/x")
-    assert "step=20: the checkpoint cannot be written" in (start(nowhere).take_steps() or "")
+    nowhere = replace(job, training=f"{job.output}/config.json/x", output=f"{config.output}/x")
+    assert "the checkpoint cannot be written" in (start(nowhere).take_steps() or "")
+
+
+def train_without_ray(tmp_path: Path, configs: list[RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, by the same processes, which take longer to start than to train."""
+    environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    num_workers = configs[0].train.num_workers
+    torch.multiprocessing.spawn(one_rank, (tmp_path / "meeting", configs), nprocs=num_workers)
 
 
 @pytest.mark.timeout(600)
@@ -522,13 +534,7 @@ def test_twenty_steps_lose_what_a_single_process_loses(
     for stage in range(4):
         (tmp_path / str(stage)).mkdir()
         configs.append(write_run(tmp_path / str(stage), **settings, zero_stage=stage, learning_rate=0.01))
-    for name, value in {
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCHDYNAMO_DISABLE": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(all_stages, (tmp_path / "meeting", configs), nprocs=num_workers)
+    train_without_ray(tmp_path, configs, monkeypatch)
     expected = reference_losses(configs[0])
     assert len(expected) == 20
     assert expected[-1] < 0.9 * expected[0]
@@ -657,7 +663,7 @@ def scalars(heads: Path) -> dict[str, list[int]]:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_captured_computed_and_streamed_states_train_alike(
-    tiny_base: Path, ray_cluster: None, tmp_path: Path
+    tiny_base: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With soft labels, so that what the base says is the same as well."""
     generator = torch.Generator().manual_seed(0)
@@ -673,27 +679,28 @@ def test_captured_computed_and_streamed_states_train_alike(
     provenance.write(str(tmp_path / "capture/prompts"), {}, {}, **facts)
 
     def config_of(mode: str) -> RunConfig:
-        training = {"num_workers": 2, "batch_size": 16, "epochs": 2, "dtype": "float32", "logging_steps": 1}
+        training = {"num_workers": 1, "batch_size": 16, "epochs": 1, "dtype": "float32", "logging_steps": 1}
+        training |= {"learning_rate": 0.01}
         raw = {
             "output": str(tmp_path / mode),
             "model": {"base": str(tiny_base), "dtype": "float32", "device": "cpu"},
             "data": {"train": "unused"},
             "distill": {"max_new_tokens": 12, "batch_size": 4},
-            "hidden": {"mode": mode, "top_k": 4, "num_actors": 2, "batch_tokens": 128},
-            "train": {**training, "labels": "soft", "held_out": 0.1, "eval_steps": 5},
+            "hidden": {"mode": mode, "top_k": 4, "batch_tokens": 128},
+            "train": {**training, "labels": "soft", "held_out": 0.1, "eval_steps": 5, "warmup_steps": 2},
         }
         return parse(RunConfig, raw, "test")
 
-    distill.run(config_of("capture"))
-    curves = {}
-    for mode in ("capture", "compute", "stream"):
-        config = config_of(mode)
-        if mode != "capture":
-            shutil.copytree(tmp_path / "capture/distilled", tmp_path / mode / "distilled")
+    configs = {mode: config_of(mode) for mode in ("capture", "compute", "stream")}
+    distill.run(configs["capture"])
+    for mode in ("compute", "stream"):
+        shutil.copytree(tmp_path / "capture/distilled", tmp_path / mode / "distilled")
+    for config in configs.values():
         hidden.run(config)
-        train.run(config)
-        curves[mode] = what_is_learnt(config)
-    assert not parts.names(config_of("stream").artifact("hidden"))
+    train_without_ray(tmp_path, [configs["capture"], configs["compute"]], monkeypatch)
+    train.run(configs["stream"])
+    curves = {mode: what_is_learnt(config) for mode, config in configs.items()}
+    assert not parts.names(configs["stream"].artifact("hidden"))
     for mode in ("compute", "stream"):
         for record, expected in zip(curves[mode], curves["capture"], strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -701,53 +708,50 @@ def test_captured_computed_and_streamed_states_train_alike(
             assert record["top5"] == expected["top5"]
             judged, judged_before = record.get("held_out", {}), expected.get("held_out", {})
             assert judged.get("tokens_per_step") == judged_before.get("tokens_per_step")
-    assert curves["capture"][-1]["loss"] < 0.9 * curves["capture"][0]["loss"]
+    losses = [record["loss"] for record in curves["capture"]]
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_shared_heads_learn_in_bf16_with_sharded_weights(ray_cluster: None, tmp_path: Path) -> None:
+def test_other_layouts_learn_with_sharded_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 leaves empty weights behind for whoever forgets to gather them."""
-    heads = {"layout": "shared", "num_layers": 2, "num_heads": 2}
-    training = {"zero_stage": 3, "dtype": "bfloat16", "gradient_accumulation_steps": 2, "learning_rate": 0.02}
-    config = write_run(tmp_path, states="bfloat16", epochs=6, heads=heads, warmup_steps=5, **training)
-    train.run(config)
-    trained = MedusaHeads.load(config.artifact("heads"))
-    assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / WEIGHTS).values()} == {torch.bfloat16}
-    trained.init_from(train.read_output_layer(config.model))
-
-    whole = everything_of(config)
-    one_H = torch.ones(2)
-    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
-    top1_H = result.top1_H / result.num_labels_H
-    assert top1_H.min() > 0.9
-    mean_H = result.loss_sum_H / result.num_labels_H
-    assert curve_of(config)[-1]["head_loss"] == pytest.approx(mean_H.tolist(), abs=0.2)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_low_rank_heads_learn_a_part_of_the_vocabulary(ray_cluster: None, tmp_path: Path) -> None:
+    for name in ("shared", "lowrank"):
+        (tmp_path / name).mkdir()
+    settings: dict[str, Any] = {"zero_stage": 3, "epochs": 6, "warmup_steps": 5, "learning_rate": 0.02}
+    heads: dict[str, Any] = {"layout": "shared", "num_layers": 2, "num_heads": 2}
+    in_bf16 = {"states": "bfloat16", "dtype": "bfloat16", "gradient_accumulation_steps": 2}
+    shared = write_run(tmp_path / "shared", heads=heads, **settings, **in_bf16)
     heads = {"layout": "lowrank", "rank": 6, "num_heads": 2, "draft_vocab_size": 18}
-    config = write_run(tmp_path, epochs=6, heads=heads, warmup_steps=5, learning_rate=0.02, zero_stage=3)
-    train.run(config)
-    trained = MedusaHeads.load(config.artifact("heads"))
-    assert (trained.layout, trained.rank, trained.draft_vocab_size) == ("lowrank", 6, 18)
-    assert torch.equal(trained.token_map_M, corpus_of(config).draft(config.heads, V)[0])
-    output_VC = train.read_output_layer(config.model)
-    trained.init_from(output_VC)
+    lowrank = write_run(tmp_path / "lowrank", heads=heads, **settings)
+    train_without_ray(tmp_path, [shared, lowrank], monkeypatch)
 
-    whole = everything_of(config)
-    one_H = torch.ones(2)
-    result = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
-    top1_H = result.top1_H / result.num_labels_H
-    coverage = provenance.read(config.artifact("heads"))["draft_coverage"]
+    trained, top1, head_loss = judged(shared)
+    assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "shared/heads" / WEIGHTS).values()} == {
+        torch.bfloat16
+    }
+    assert min(top1) > 0.9
+    assert curve_of(shared)[-1]["head_loss"] == pytest.approx(head_loss, abs=0.2)
+
+    trained, top1, _ = judged(lowrank)
+    token_map_M, coverage = corpus_of(lowrank).draft(lowrank.heads, V)
+    assert (trained.layout, trained.rank, trained.draft_vocab_size) == ("lowrank", 6, 18)
+    assert torch.equal(trained.token_map_M, token_map_M)
     assert 0.7 < coverage < 0.95
     # All that can be guessed is guessed, and what cannot is missed.
-    assert top1_H.tolist() == pytest.approx([coverage] * 2, abs=0.06)
-    assert curve_of(config)[-1]["top1"] == pytest.approx(top1_H.tolist(), abs=0.3)
+    assert top1 == pytest.approx([coverage] * 2, abs=0.06)
+    assert curve_of(lowrank)[-1]["top1"] == pytest.approx(top1, abs=0.3)
     assert all(trained.low_rank_term(head).up.weight.norm() > 0 for head in range(2))
+
+
+def judged(config: RunConfig) -> tuple[MedusaHeads, list[float], list[float]]:
+    """The heads of a run, their top-1 and their mean losses on all that they were trained on."""
+    trained = MedusaHeads.load(config.artifact("heads"))
+    trained.init_from(train.read_output_layer(config.model))
+    whole, one_H = everything_of(config), torch.ones(2)
+    found = medusa_loss(trained, whole.hidden_NC.float(), whole.labels_NH, one_H, whole_cross_entropy)
+    num_H = num_losses(trained, whole.labels_NH)
+    return trained, (found.top1_H / found.num_labels_H).tolist(), (found.loss_sum_H / num_H).tolist()
 
 
 @pytest.mark.ray

@@ -53,16 +53,18 @@ def test_twenty_kills_lose_no_step_and_count_none_twice(ray_cluster: None, tmp_p
     while len(kills) < 20:
         if driver is None:
             driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(numbers.uniform(2, 14))
+        kills.append(numbers.choice(["worker", "driver"]))
+        while kills[-1] == "worker" and not workers():
+            time.sleep(0.1)
+        time.sleep(numbers.uniform(0, 10))
         assert driver.poll() is None, f"the run ended after {kills}"
-        if numbers.random() < 0.5 and (alive := workers()):
+        if kills[-1] == "worker" and (alive := workers()):
             numbers.choice(alive).kill()
-            kills.append("worker")
         else:
+            kills[-1] = "driver"
             driver.kill()
             driver.wait()
             driver = None
-            kills.append("driver")
     if driver is None:
         driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     assert driver.wait() == 0
