@@ -206,7 +206,8 @@ class Run:
         if outcome.culprit is not None:
             return (
                 f"step={number} {outcome.culprit}. Training stopped before this step. Lower "
-                f"{self.job.section}.learning_rate, now {train.learning_rate}, or mend these rows of {self.job.hidden}."
+                f"{self.job.section}.learning_rate, now {train.learning_rate}, or mend these rows of "
+                f"{self.job.hidden}; then remove {self.job.training}, which is of the run as it was."
             )
         state.step, state.done = number, state.done + 1
         if self.trace:
