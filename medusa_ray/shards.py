@@ -78,21 +78,8 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
     """
     if not refs:
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the plan of every pipeline is no news to a user
-    dataset = ray.data.from_arrow_refs(refs)
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    # One shard is one batch, so that whatever finished is not done again.
-    function: Any = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
-    with warnings.catch_warnings():
-        # Ray 2.60 takes max_task_retries in no other way, yet warns that 2.64 will not; see what it has then.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = dataset.map_batches(
-            function,
-            fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-            batch_size=None,
-            batch_format="pyarrow",
-            **resources,
-        )
+    function = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
+    results = _mapped(refs, function, make_worker, sys.stderr.isatty(), **resources)
     start_s = logged_s = time.monotonic()
     for number, row in enumerate(results.iter_rows(), 1):
         if row["mistake"] is not None:
@@ -112,20 +99,7 @@ def tables(
     """
     if not refs:
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = ray.data.from_arrow_refs(refs)
-    dataset.context.enable_progress_bars = False
-    dataset.context.execution_options.preserve_order = True
-    function: Any = _TableProcess
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # as in `run`
-        made = dataset.map_batches(
-            function,
-            fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-            batch_size=None,
-            batch_format="pyarrow",
-            **resources,
-        )
+    made = _mapped(refs, _TableProcess, make_worker, False, **resources)
     # Ray Data cuts large tables to blocks of its own.
     blocks: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
     left: list[pa.Table] = []
@@ -135,6 +109,24 @@ def tables(
         whole = pa.concat_tables(left)
         yield whole.slice(0, wanted)
         left = [whole.slice(wanted)]
+
+
+def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bool, **resources: Any) -> Any:
+    """The pipeline, not begun. One shard is one batch, so that whatever finished is not done again."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the plan of every pipeline is no news to a user
+    dataset = ray.data.from_arrow_refs(refs)
+    dataset.context.enable_progress_bars = shows_progress
+    dataset.context.execution_options.preserve_order = function is _TableProcess
+    with warnings.catch_warnings():
+        # Ray 2.60 takes max_task_retries in no other way, yet warns that 2.64 will not; see what it has then.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            function,
+            fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
+            batch_size=None,
+            batch_format="pyarrow",
+            **resources,
+        )
 
 
 class _Process:
