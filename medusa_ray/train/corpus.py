@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medusa_ray import parts, records
-from medusa_ray.config import HeadsConfig, RunConfig, UserError
+from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError
 from medusa_ray.medusa.loss import IGNORED
 from medusa_ray.states import leaves_labels
 from medusa_ray.train.feed import Wanted
@@ -51,8 +51,7 @@ class Corpus:
         )
         names = parts.names(folder)
         corpus = cls(folder, config.hidden.mode == "stream", config.data.loss_on, form, names, [], [])
-        num_rows = sum(parts.num_rows(folder, name) for name in names)
-        share = min(config.train.held_out, MOST_HELD_OUT / max(1, num_rows))
+        share = share_held_out(folder, config.train)
         for name, table in corpus.skeletons():
             if not corpus.is_streamed:
                 corpus.check(name, table, config)
@@ -130,6 +129,12 @@ class Corpus:
         coverage = (count_V[chosen_M].sum() / count_V.sum()).item()
         LOG.info("stage=train draft_vocab_size=%d draft_coverage=%.4f", size, coverage)
         return chosen_M.sort().values, coverage
+
+
+def share_held_out(folder: str, train: TrainConfig) -> float:
+    """Of the rows in a folder of parts: what the config says, unless these would be more than are needed."""
+    num_rows = sum(parts.num_rows(folder, name) for name in parts.names(folder))
+    return min(train.held_out, MOST_HELD_OUT / max(1, num_rows))
 
 
 def is_held_out(row_id: str, share: float) -> bool:

@@ -28,7 +28,7 @@ from medusa_ray.config import JointConfig, ModelConfig, RunConfig, TrainConfig, 
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, HeadLoss, cross_entropy_for, labels_for, medusa_loss, num_losses
 from medusa_ray.states import leaves_labels
-from medusa_ray.train.corpus import MOST_HELD_OUT, is_held_out
+from medusa_ray.train.corpus import is_held_out, share_held_out
 from medusa_ray.train.engine import Group, Seen
 from medusa_ray.train.feed import Source, Wanted, from_disk
 from medusa_ray.train.order import Ints
@@ -113,9 +113,7 @@ def survey(distilled: str, config: RunConfig) -> tuple[list[Ints], list[Wanted]]
     Raises UserError when there are fewer rows than workers.
     """
     names = parts.names(distilled)
-    share = min(
-        config.train.held_out, MOST_HELD_OUT / max(1, sum(parts.num_rows(distilled, name) for name in names))
-    )
+    share = share_held_out(distilled, config.train)
     counts, held_out = [], []
     for name in names:
         rows = parts.read(distilled, name).to_pylist()
