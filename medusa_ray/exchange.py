@@ -18,6 +18,7 @@ from medusa_ray.medusa.layouts import Format
 
 BESIDE = ("tree.json", "accuracy.json")  # artifacts of heads that go with them
 HEADS_OF_MODEL = "model-medusa-heads.safetensors"  # the file of a whole model that has its heads
+BASE_OF_MODEL = "model-base.safetensors"  # and that of its base, where one file holds it
 MODELOPT_STATE = "modelopt_state.pth"  # ModelOpt looks for no other name
 
 
@@ -133,8 +134,10 @@ def _write_model(
     try:
         index = provenance.read_json(f"{out}/{layouts.MODEL_INDEX}")
     except FileNotFoundError:
-        weights = f"{out}/{layouts.MODEL_WEIGHTS}"
-        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors.specs(weights), layouts.MODEL_WEIGHTS)}
+        # Under its usual name transformers would take it for the whole model and ask no index.
+        filesystem.mv(f"{folder}/{layouts.MODEL_WEIGHTS}", f"{folder}/{BASE_OF_MODEL}")
+        names = tensors.specs(f"{out}/{BASE_OF_MODEL}")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, BASE_OF_MODEL)}
     tensors.write(f"{out}/{HEADS_OF_MODEL}", named)
     index["weight_map"] |= dict.fromkeys(named, HEADS_OF_MODEL)
     index["metadata"]["total_size"] = sum(

@@ -175,6 +175,7 @@ def as_modelopt_loads(folder: Path, hidden_BC: torch.Tensor) -> torch.Tensor:
         for _ in range(num_heads)
     )
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not (folder / "model.safetensors").exists()  # transformers would read it, and no index
     names = [name for name in index if name.startswith("medusa_heads.")]
     weights = {name.removeprefix("medusa_heads."): load_file(folder / index[name])[name] for name in names}
     modules.load_state_dict(weights)

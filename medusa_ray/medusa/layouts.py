@@ -232,7 +232,7 @@ def layouted(found: Foreign, output_VC: Tensor | None, vocab_size: int | None) -
 
 
 def _tensors_in(folder: str) -> tuple[str, dict[str, Tensor], bool]:
-    """File, tensors of the heads by their names there but for a whole model's prefix, and whether it is such a model."""
+    """File, tensors of the heads by their names there but for a prefix, and whether it is a whole model."""
     filesystem, path = fsspec.core.url_to_fs(folder)
     if not filesystem.isdir(path):
         raise ValueError(f"{folder} is no folder. Give the one that has the heads' config.json and weights.")
