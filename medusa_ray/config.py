@@ -143,6 +143,11 @@ class TrainConfig(Strict):
         "cosine", description="Shape after warm-up."
     )
     warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: moments in 8 bits by bitsandbytes (the extra `quantized`), a quarter of their memory; "
+        "zero_stage 0 only, here and in joint.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     head_weight: float = Field(
@@ -180,6 +185,15 @@ class TrainConfig(Strict):
         None, description="First and last step of a profiler's trace, which becomes heads/trace.json."
     )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
+
+    @model_validator(mode="after")
+    def _moments_in_8_bits_are_not_sharded(self) -> "TrainConfig":
+        if self.optimizer == "adamw_8bit" and self.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', but train.zero_stage is {self.zero_stage}: moments in 8 bits share a "
+                "scale among 256, which sharding would cut. Set train.zero_stage to 0."
+            )
+        return self
 
 
 class JointConfig(Strict):
@@ -268,6 +282,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. "
                 "Set hidden.top_k, to 16 for one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _joint_moments_in_8_bits_are_not_sharded(self) -> "RunConfig":
+        if self.joint and self.train.optimizer == "adamw_8bit" and self.joint.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', which joint training takes over, but joint.zero_stage is "
+                f"{self.joint.zero_stage}. Set joint.zero_stage to 0."
             )
         return self
 

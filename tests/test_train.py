@@ -27,7 +27,7 @@ from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, medusa_loss, num_losses, whole_cross_entropy
-from medusa_ray.train import checkpoints, order
+from medusa_ray.train import checkpoints, engine, order
 from medusa_ray.train.corpus import Corpus, is_held_out
 from medusa_ray.train.engine import HeadTrainer, deepspeed_config
 from medusa_ray.train.feed import Feed, from_disk
@@ -42,19 +42,21 @@ PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
 STEP = 7  # a reply counts on in steps of 7
 
 
-def write_run(folder: Path, num_rows: int = 60, states: str = "float32", **settings: Any) -> RunConfig:
+def write_run(
+    folder: Path, num_rows: int = 60, states: str = "float32", size: int = V, **settings: Any
+) -> RunConfig:
     """A base and hidden/ that heads can learn from: each token follows from the one before."""
     (folder / "base").mkdir()
-    output_VC = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    output_VC = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     save_file({"lm_head.weight": output_VC}, folder / "base/model.safetensors")
     rows = []
     for row in range(num_rows):
         ids = [(row + STEP * place) % V for place in range(PROMPT + REPLY)]
-        states_NC = 4 * torch.eye(V, dtype=getattr(torch, states))[ids[PROMPT - 1 : -2]]
+        states_NC = 4 * torch.eye(size, dtype=getattr(torch, states))[ids[PROMPT - 1 : -2]]
         raw = states_NC.view(torch.uint8).numpy().tobytes()
         rows.append(records.hidden_row(f"{row}/0/0", ids[:PROMPT], ids[PROMPT:], raw, "last"))
     for part in range(3):
-        table = records.hidden_table(rows[part::3], states, V)
+        table = records.hidden_table(rows[part::3], states, size)
         parts.write(str(folder / "hidden"), parts.part_name(part), table)
     provenance.write(str(folder / "hidden"), {}, {})
     raw_config = {
@@ -540,6 +542,70 @@ def test_twenty_steps_lose_what_a_single_process_loses(
     assert expected[-1] < 0.9 * expected[0]
     for config in configs:
         assert [record["loss"] for record in curve_of(config)] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_moments_in_8_bits_learn_alike_take_a_quarter_and_go_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a size at which bitsandbytes takes 8 bits for every matrix, and 32 for a bias."""
+    configs = {}
+    for dtype in ("float32", "bfloat16"):
+        settings: dict[str, Any] = {"dtype": dtype, "size": 64, "zero_stage": 0, "logging_steps": 1}
+        settings |= {"learning_rate": 0.01, "lr_scheduler": "constant", "warmup_steps": 3, "batch_size": 16}
+        for name in ("adamw", "whole", "again"):
+            (tmp_path / f"{name} {dtype}").mkdir()
+            optimizer = "adamw" if name == "adamw" else "adamw_8bit"
+            configs[name, dtype] = write_run(tmp_path / f"{name} {dtype}", optimizer=optimizer, **settings)
+        configs["half", dtype] = changed(configs["again", dtype], epochs=1)
+    in_turn = [configs[name, dtype] for _, dtype in configs for name in ("adamw", "whole", "half", "again")]
+    train_without_ray(tmp_path, list(dict.fromkeys(in_turn)), monkeypatch)
+
+    for dtype in ("float32", "bfloat16"):
+        adamw, whole, again = (configs[name, dtype] for name in ("adamw", "whole", "again"))
+        expected, losses = ([record["loss"] for record in curve_of(config)] for config in (adamw, whole))
+        assert len(losses) == 38
+        assert expected[-1] < 0.5 * expected[0]
+        assert losses == pytest.approx(expected, rel=0.05)
+        assert losses[10:] != expected[10:]
+
+        assert what_is_learnt(again) == what_is_learnt(whole)
+        heads, training = (f"{whole.output}/{folder}" for folder in ("heads", "training"))
+        assert Path(heads, WEIGHTS).read_bytes() == Path(again.artifact("heads"), WEIGHTS).read_bytes()
+        saved, saved_again = (checkpoints.newest(f"{config.output}/training") for config in (whole, again))
+        assert saved.tensors.keys() == saved_again.tensors.keys()
+        for name, tensor in saved.tensors.items():
+            assert torch.equal(tensor, saved_again.tensors[name])
+
+        def moment_bytes(training: str) -> int:
+            tensors = checkpoints.newest(training).tensors
+            return sum(value.nbytes for name, value in tensors.items() if not name.startswith("weight/"))
+
+        matrices, biases = 2 * 3 * 64 * 64, 3 * 64
+        assert moment_bytes(f"{adamw.output}/training") == 8 * (matrices + biases)
+        assert moment_bytes(training) == 2 * matrices * (1 + 4 / 256) + 8 * biases
+
+
+def test_moments_in_8_bits_are_refused_where_they_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(joint: dict[str, int] | None = None, **settings: Any) -> RunConfig:
+        raw: dict[str, Any] = {"output": "o", "model": {"base": "b"}, "data": {"train": "d"}, "joint": joint}
+        return parse(RunConfig, raw | {"train": {"optimizer": "adamw_8bit", **settings}}, "test")
+
+    with pytest.raises(UserError, match=r"train.zero_stage is 1: .* Set train.zero_stage to 0"):
+        parsed()
+    with pytest.raises(UserError, match=r"joint.zero_stage is 1\. Set joint.zero_stage to 0"):
+        parsed(joint={}, zero_stage=0)
+    assert parsed(joint={"zero_stage": 0}, zero_stage=0).train.optimizer == "adamw_8bit"
+
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"optimizer": {"type": "Lamb", "params": {}}}))
+    with pytest.raises(UserError, match=r"has an optimizer, but train.optimizer is 'adamw_8bit'"):
+        deepspeed_config(parsed(zero_stage=0, deepspeed=str(file)).train)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'not installed: pip install "medusa_ray\[quantized\]"'):
+        deepspeed_config(parsed(zero_stage=0).train)
 
 
 def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> None:
