@@ -92,7 +92,12 @@ class HiddenConfig(Strict):
         description="capture: while distilling; compute: in a pass of their own; stream: while training, anew in each "
         "epoch and never written, where a corpus is too large to keep.",
     )
-    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing or streaming.")
+    num_actors: int = Field(
+        1,
+        gt=0,
+        description="Base actors of Ray Data when computing or streaming. To stream, each of train.num_workers has one "
+        "at least, and shares its GPU with it (0.6 and 0.4) where the cluster has fewer than two for each.",
+    )
     batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
     top_k: int = Field(
         0, ge=0, description="Likeliest tokens of the base kept with each label, for soft labels; 0 keeps none."
@@ -190,8 +195,8 @@ class TrainConfig(Strict):
     def _moments_in_8_bits_are_not_sharded(self) -> "TrainConfig":
         if self.optimizer == "adamw_8bit" and self.zero_stage:
             raise ValueError(
-                f"train.optimizer is 'adamw_8bit', but train.zero_stage is {self.zero_stage}: moments in 8 bits share a "
-                "scale among 256, which sharding would cut. Set train.zero_stage to 0."
+                f"train.optimizer is 'adamw_8bit', but train.zero_stage is {self.zero_stage}: moments in 8 bits have a "
+                "scale for each 256, which sharding would cut. Set train.zero_stage to 0."
             )
         return self
 
