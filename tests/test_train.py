@@ -1,5 +1,6 @@
 """Training of the heads: every position once per epoch, in an order that a resumed run repeats."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -644,6 +645,7 @@ def test_moments_in_8_bits_are_refused_where_they_cannot_be(
 
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"optimizer": {"type": "Lamb", "params": {}}}))
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"has an optimizer, but train.optimizer is 'adamw_8bit'"):
         deepspeed_config(parsed(zero_stage=0, deepspeed=str(file)).train)
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
@@ -659,6 +661,15 @@ def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> No
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
             max(workers, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
             return
+
+
+def watch_actors(found: set[int], ended: threading.Event) -> None:
+    """Adds the processes of this test's cluster that hold a base for training."""
+    while not ended.wait(0.1):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "_TableProcess" in process.name():
+                    found.add(process.pid)
 
 
 def stop_at(step: int, config: RunConfig) -> None:
@@ -774,7 +785,8 @@ def scalars(heads: Path) -> dict[str, list[int]]:
 def test_captured_computed_and_streamed_states_train_alike(
     tiny_base: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With soft labels, so that what the base says is the same as well."""
+    """With soft labels, so that what the base says is the same as well. One actor streams to held-out rows and to both
+    epochs: an 8 B base takes minutes to load."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 30, (48,), generator=generator).tolist()
     rows = [
@@ -788,7 +800,7 @@ def test_captured_computed_and_streamed_states_train_alike(
     provenance.write(str(tmp_path / "capture/prompts"), {}, {}, **facts)
 
     def config_of(mode: str) -> RunConfig:
-        training = {"num_workers": 1, "batch_size": 16, "epochs": 1, "dtype": "float32", "logging_steps": 1}
+        training = {"num_workers": 1, "batch_size": 32, "epochs": 2, "dtype": "float32", "logging_steps": 1}
         training |= {"learning_rate": 0.01}
         raw = {
             "output": str(tmp_path / mode),
@@ -807,7 +819,13 @@ def test_captured_computed_and_streamed_states_train_alike(
     for config in configs.values():
         hidden.run(config)
     train_without_ray(tmp_path, [configs["capture"], configs["compute"]], monkeypatch)
+    ended, actors = threading.Event(), set[int]()
+    watcher = threading.Thread(target=watch_actors, args=(actors, ended))
+    watcher.start()
     train.run(configs["stream"])
+    ended.set()
+    watcher.join()
+    assert len(actors) == 1
     curves = {mode: what_is_learnt(config) for mode, config in configs.items()}
     assert not parts.names(configs["stream"].artifact("hidden"))
     for mode in ("compute", "stream"):

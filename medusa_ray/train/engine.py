@@ -112,7 +112,7 @@ def start(model: Any, train: TrainConfig, device: str) -> Any:
     return engine
 
 
-def new_optimizer(groups: list[Group], train: TrainConfig) -> torch.optim.Optimizer:
+def new_optimizer(groups: list[Any], train: TrainConfig) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=train.weight_decay, fused=True)
     from bitsandbytes.optim import AdamW8bit
