@@ -92,7 +92,12 @@ class HiddenConfig(Strict):
         description="capture: while distilling; compute: in a pass of their own; stream: while training, anew in each "
         "epoch and never written, where a corpus is too large to keep.",
     )
-    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing or streaming.")
+    num_actors: int = Field(
+        1,
+        gt=0,
+        description="Base actors of Ray Data when computing or streaming. To stream, each of train.num_workers has one "
+        "at least, and shares its GPU with it (0.6 and 0.4) where the cluster has fewer than two for each.",
+    )
     batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
     top_k: int = Field(
         0, ge=0, description="Likeliest tokens of the base kept with each label, for soft labels; 0 keeps none."
@@ -143,6 +148,11 @@ class TrainConfig(Strict):
         "cosine", description="Shape after warm-up."
     )
     warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: moments in 8 bits by bitsandbytes (the extra `quantized`), a quarter of their memory; "
+        "zero_stage 0 only, here and in joint.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     head_weight: float = Field(
@@ -180,6 +190,15 @@ class TrainConfig(Strict):
         None, description="First and last step of a profiler's trace, which becomes heads/trace.json."
     )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
+
+    @model_validator(mode="after")
+    def _moments_in_8_bits_are_not_sharded(self) -> "TrainConfig":
+        if self.optimizer == "adamw_8bit" and self.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', but train.zero_stage is {self.zero_stage}: moments in 8 bits have a "
+                "scale for each 256, which sharding would cut. Set train.zero_stage to 0."
+            )
+        return self
 
 
 class JointConfig(Strict):
@@ -268,6 +287,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. "
                 "Set hidden.top_k, to 16 for one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _joint_moments_in_8_bits_are_not_sharded(self) -> "RunConfig":
+        if self.joint and self.train.optimizer == "adamw_8bit" and self.joint.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', which joint training takes over, but joint.zero_stage is "
+                f"{self.joint.zero_stage}. Set joint.zero_stage to 0."
             )
         return self
 

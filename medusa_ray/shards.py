@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -45,14 +45,42 @@ def device_of(model: ModelConfig) -> str:
     return "cuda" if has_gpu and model.device != "cpu" else "cpu"
 
 
-def actors(num_actors: int, num_shards: int, device: str) -> dict[str, Any]:
-    """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use."""
-    resource = "GPU" if device == "cuda" else "CPU"
-    fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource, 1)))
+class Room(NamedTuple):
+    """Of a GPU, or of a CPU where there is none: what a trainer takes, and each of the actors that stream to it."""
+
+    trainer: float
+    actor: float
+    num_actors: int  # of one trainer
+
+
+def room(num_trainers: int, num_actors: int, device: str) -> Room:
+    """Whole ones where the cluster has two for each trainer; else each trainer shares its own with its only actor.
+
+    num_actors: wanted in all; each trainer has one at least.
+    """
+    there = int(ray.cluster_resources().get(resource_of(device), 0))
+    others = there // num_trainers - 1
+    if others >= 1:
+        return Room(1, 1, min(others, max(1, num_actors // num_trainers)))
+    # Over a half and under: two trainers never meet on one GPU, which NCCL refuses.
+    return Room(0.6, 0.4, 1)
+
+
+def resource_of(device: str) -> str:
+    """What Ray counts of a device."""
+    return "GPU" if device == "cuda" else "CPU"
+
+
+def actors(num_actors: int, num_shards: int, device: str, share: float = 1) -> dict[str, Any]:
+    """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
+
+    share: of a GPU, or of a CPU where there is none, for each.
+    """
+    fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource_of(device), 1)))
     return {
         "compute": ray.data.ActorPoolStrategy(size=max(fitting, 1), max_tasks_in_flight_per_actor=2),
-        "num_cpus": 1,
-        "num_gpus": int(device == "cuda"),
+        "num_cpus": 1 if device == "cuda" else share,
+        "num_gpus": share if device == "cuda" else 0,
         # Ray's default is to try for ever; a shard that ends four processes is at fault itself.
         "max_task_retries": 3,
     }
@@ -91,7 +119,10 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
 
 
 def tables(
-    refs: list[Ref], num_rows: list[int], make_worker: Callable[[], Callable[[Shard], pa.Table]], **resources: Any
+    refs: list[Ref],
+    num_rows: list[int],
+    make_worker: Callable[[], Callable[[Shard], pa.Table]],
+    **resources: Any,
 ) -> Iterator[pa.Table]:
     """What the workers made of the shards, in the order of the shards, made as it is asked for.
 
