@@ -14,8 +14,13 @@ import torch
 from medusa_ray import distill, parts, provenance, records
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
+from medusa_ray.distill import rows as distilled_rows
+from medusa_ray.distill.generate import Generator
+from medusa_ray.distill.given import Copier
+from medusa_ray.distill.rows import seed_of
 from medusa_ray.medusa.engine import Engine, Request
-from medusa_ray.medusa.replies import Completion
+from medusa_ray.medusa.replies import Counters
+from medusa_ray.medusa.scheduler import Sequence
 from medusa_ray.states import settings_of
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -51,7 +56,7 @@ def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
 
 
 def config_of(folder: Path, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
-    options = {"batch_size": 1, "max_new_tokens": 12, **options}
+    options = {"batch_size": 1, "rows_per_part": 4, "max_new_tokens": 12, **options}
     return RunConfig.model_validate(
         {
             "output": str(folder),
@@ -71,21 +76,31 @@ def rows_of(config: RunConfig, artifact: str) -> list[dict[str, Any]]:
 class Parrot:
     """An engine that answers with the seed's digits and kills its process while file `flag` is missing."""
 
-    hidden_size = 2
+    hidden_size, num_waiting = 2, 0
 
     def __init__(self, flag: str | None = None) -> None:
         self.flag = flag
+        self.counters = Counters()
+        self.waiting: list[Sequence] = []
 
     def check(self, request: Request) -> None:
         if len(request.prompt_ids) + request.max_new_tokens > 512:
             raise ValueError("the limit is 512.")
 
-    def generate(self, prompts: list[list[int]], seed: list[int], **options: Any) -> list[Completion]:
+    def add(self, request: Request) -> Sequence:
+        sequence = Sequence(request, frozenset())
+        self.waiting.append(sequence)
+        return sequence
+
+    def step(self) -> None:
         if self.flag and not Path(self.flag).exists():
             Path(self.flag).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        tokens = [[int(digit) for digit in str(s)[:5]] for s in seed]
-        return [Completion(t, "stop", 5, [5], torch.ones(5, 2)) for t in tokens]
+        while self.waiting:
+            sequence = self.waiting.pop()
+            sequence.token_ids = [int(digit) for digit in str(sequence.seed)[:5]]
+            sequence.hidden_parts, sequence.finish_reason = [torch.ones(5, 2)], "stop"
+            self.counters.num_steps += 1
 
 
 def parrot(base: str, **options: Any) -> Parrot:
@@ -95,9 +110,9 @@ def parrot(base: str, **options: Any) -> Parrot:
 # -------------------------------------------------------------------------------------------- without Ray
 
 
-def worker(config: RunConfig, load_engine: Any = parrot) -> distill.Generator:
+def worker(config: RunConfig, load_engine: Any = parrot) -> Generator:
     folders = [config.artifact(name) for name in ("prompts", "distilled", "hidden")]
-    return distill.Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
+    return Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
 
 
 def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, tiny_base: Path) -> None:
@@ -112,10 +127,10 @@ def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, ti
 
 
 def test_seeds_differ_by_row_and_by_run_but_never_by_chance() -> None:
-    seeds = {distill.seed_of(seed, f"chat{i}/0") for seed in range(3) for i in range(100)}
+    seeds = {seed_of(seed, f"chat{i}/0") for seed in range(3) for i in range(100)}
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert distill.seed_of(0, "chat0/0") == 7609246971096445180
+    assert seed_of(0, "chat0/0") == 7609246971096445180
 
 
 def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tiny_base: Path) -> None:
@@ -130,15 +145,17 @@ def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tin
     assert errors == {BAD: "too long: very", HUGE: "refused by the engine: the limit is 512."}
     good = [row for row in rows if not row["error"]]
     for row in good:
-        assert row["reply_ids"] == [int(digit) for digit in str(distill.seed_of(0, row["id"][:-2]))[:5]]
+        assert row["reply_ids"] == [int(digit) for digit in str(seed_of(0, row["id"][:-2]))[:5]]
     hidden = rows_of(config, "hidden")
     assert [row["id"] for row in hidden] == [row["id"] for row in good]
-    facts = distill._facts(config.artifact("distilled"))
-    assert facts == {
-        "rows": {"in": 20, "good": 18, "errors": {"too long": 1, "refused by the engine": 1}},
-        "finish_reasons": {"stop": 18},
-        "num_reply_tokens": 90,
-    }
+    facts: dict[str, Any] = {}
+    for name in parts.names(config.artifact("distilled")):
+        distilled_rows.add(facts, distilled_rows.read_facts(config.artifact("distilled"), name))
+    counts = {"in": 20, "good": 18, "errors": {"too long": 1, "refused by the engine": 1}}
+    assert (facts["rows"], facts["sources"]) == (counts, {"train": counts})
+    assert (facts["finish_reasons"], facts["num_reply_tokens"]) == ({"stop": 18}, 90)
+    assert facts["num_prompt_tokens"] == sum(len(row["prompt_ids"]) for row in good)
+    assert facts["taken"]["all"] == 18
 
 
 def test_hidden_rows_are_the_states_that_some_label_needs(tmp_path: Path, tiny_base: Path) -> None:
@@ -195,7 +212,7 @@ def test_given_replies_are_the_chats_own(tmp_path: Path, tiny_base: Path) -> Non
 
 def copied(config: RunConfig) -> list[dict[str, Any]]:
     folders = [config.artifact(name) for name in ("prompts", "distilled")]
-    copier = distill.Copier(config, config.model.base, *folders)
+    copier = Copier(config, config.model.base, *folders)
     for shard in distill.plan(f"{config.output}/prompts/train", 4):
         copier(shard)
     return rows_of(config, "distilled")
@@ -251,7 +268,7 @@ def test_rows_are_what_the_engine_says_when_it_is_called_alone(
     assert distill.run(config) == config.artifact("distilled")
     engine = Engine.load(str(tiny_base), max_batch_size=3, max_total_tokens=512)
     good = [prompt for i, prompt in enumerate(prompts) if i not in (BAD, HUGE)]
-    seeds = [distill.seed_of(3, prompt["id"]) for prompt in good]
+    seeds = [seed_of(3, prompt["id"]) for prompt in good]
     alone = engine.generate([p["prompt_ids"] for p in good], max_new_tokens=12, temperature=1.0, seed=seeds)
     rows = [row for row in rows_of(config, "distilled") if row["error"] is None]
     assert [row["reply_ids"] for row in rows] == [completion.token_ids for completion in alone]
