@@ -31,10 +31,10 @@ def part_name(index: int) -> str:
     return f"part-{index:06}"
 
 
-def begin(folder: str, key: str, of: dict[str, Any] | None = None) -> set[str]:
+def begin(folder: str, key: str, of: dict[str, Any] | None = None, is_dear: bool = False) -> set[str]:
     """Makes the folder ready for parts of this key, and names those that are already there.
 
-    of: what the key digests, where parts are too dear to lose; those of another key are then refused. Else they are
+    of: what the key digests, to tell later what has changed. is_dear: parts of another key are refused; else they are
     removed, with the provenance that declared them finished. Raises UserError when the folder holds what it must not,
     or cannot be written.
     """
@@ -43,8 +43,8 @@ def begin(folder: str, key: str, of: dict[str, Any] | None = None) -> set[str]:
         found = provenance.read_json(f"{folder}/{MARK}") if filesystem.exists(f"{path}/{MARK}") else {}
         if found.get("key") == key:
             return set(names(folder))
-        if of is not None and (there := names(folder)):
-            _refuse(folder, len(there), found.get("of"), of)
+        if is_dear and (there := names(folder)):
+            _refuse(folder, len(there), found.get("of") or {}, of or {})
         clear(folder)
         provenance.write_json(f"{folder}/{MARK}", {"key": key, "of": of})
     except OSError as error:
@@ -52,7 +52,7 @@ def begin(folder: str, key: str, of: dict[str, Any] | None = None) -> set[str]:
     return set()
 
 
-def _refuse(folder: str, num_parts: int, old: dict[str, Any] | None, new: dict[str, Any]) -> NoReturn:
+def _refuse(folder: str, num_parts: int, old: dict[str, Any], new: dict[str, Any]) -> NoReturn:
     changes = provenance.differences(old, new) if old else ()
     apart = "; ".join(f"{key} was {was}, and is {now}" for key, was, now in changes)
     raise UserError(

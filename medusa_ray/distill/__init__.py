@@ -100,17 +100,16 @@ def begin(
     UserError where the config has changed since.
     """
     key = provenance.key(settings, inputs)
-    done = parts.begin(distilled, key, {**settings, **inputs})
+    done = parts.begin(distilled, key, {**settings, **inputs}, is_dear=True)
     if captured is None:
         return done
     from medusa_ray.states import settings_of  # here and not above: it loads torch
 
     states, of = settings_of(config), {"distilled": key}
-    if not done:  # states of rows that are no more
-        return done & parts.begin(captured, provenance.key(states, of))
-    with_states = parts.begin(captured, provenance.key(states, of), {**states, **of})
-    # States are written before their rows, so that whoever was killed left none without.
-    if bare := done - with_states:
+    # States of rows that are no more are nothing to keep.
+    there = parts.begin(captured, provenance.key(states, of), {**states, **of}, is_dear=bool(done))
+    # They are written before their rows, so that whoever was killed left none without.
+    if bare := done - there:
         raise UserError(
             f"{len(bare)} of {len(done)} parts of {distilled} have no states in {captured}: they were generated with "
             "another hidden.mode. Set hidden.mode to compute, or remove both folders, or set output to another place."
