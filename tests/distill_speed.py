@@ -148,7 +148,7 @@ def real_prompts(num_rows: int) -> list[list[int]]:
     from medusa_ray.chat import Chat
 
     chat = Chat.load(str(SHIPPED))
-    return [chat.prompt_ids(messages) for messages in chats.prompts(num_rows)]
+    return [chat.prompt_ids(row["messages"][:-1]) for row in chats.chats("train", num_rows)]
 
 
 def bare(prompts: list[list[int]], config: RunConfig) -> dict[str, Any]:
