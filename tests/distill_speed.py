@@ -9,12 +9,14 @@ the actors are reported apart: the steady rate is that between the first part an
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +63,18 @@ def instant(base: str, **options: Any) -> Instant:
     return Instant()
 
 
-def write_prompts(folder: Path, prompts: list[list[int]]) -> None:
-    for index, start in enumerate(range(0, len(prompts), ROWS_PER_FILE)):
-        rows = [
-            {"id": f"chat{start + i:07}/0", "prompt_ids": ids}
-            for i, ids in enumerate(prompts[start : start + ROWS_PER_FILE])
-        ]
+def write_prompts(folder: Path, prompts: Iterable[list[int]]) -> None:
+    """File by file, so that this process never holds them all."""
+    left, longest = iter(prompts), 0
+    for index in itertools.count():
+        some = list(itertools.islice(left, ROWS_PER_FILE))
+        if not some:
+            break
+        longest = max(longest, *map(len, some))
+        start = index * ROWS_PER_FILE
+        rows = [{"id": f"chat{start + i:07}/0", "prompt_ids": ids} for i, ids in enumerate(some)]
         table = pa.Table.from_pylist(rows, records.PROMPTS)
         parts.write(f"{folder}/prompts/train", parts.part_name(index), table)
-    longest = max(map(len, prompts))
     provenance.write(f"{folder}/prompts", {}, {}, splits={"train": {"longest_prompt_tokens": longest}})
 
 
@@ -113,6 +118,7 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
         "first_part_s": first_s - started_s,
         "rows_per_s": (rows - first_rows) / steady_s,
         "tokens_per_s": (tokens - first_tokens) / steady_s,
+        "tokens_per_actor_s": record["num_reply_tokens"] / record["actor_seconds"],  # loaded to last part
         "occupancy": record["occupancy"],
     }
 
@@ -133,7 +139,7 @@ def start_ray(num_cpus: int) -> float:
 def many_rows(num_rows: int) -> dict[str, Any]:
     """One size, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        write_prompts(Path(folder), [[1 + i % 200, 2, 3, 4, 5, 6, 7, 8] for i in range(num_rows)])
+        write_prompts(Path(folder), ([1 + i % 200, 2, 3, 4, 5, 6, 7, 8] for i in range(num_rows)))
         before_mib = peak_mib()
         ray_s = start_ray(2)
         result = measured(config_of(Path(folder), num_actors=2), instant)
