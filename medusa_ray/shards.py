@@ -46,12 +46,14 @@ def device_of(model: ModelConfig) -> str:
     return "cuda" if has_gpu and model.device != "cpu" else "cpu"
 
 
-def nodes() -> tuple[str, set[str]]:
-    """The node that this process runs on, and all that are there; one without a name outside Ray."""
-    if not ray.is_initialized():
-        return "", {""}
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return ray.get_runtime_context().get_node_id(), alive
+def node() -> str:
+    """The node that this process runs on; one without a name outside Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
+def nodes() -> set[str]:
+    """All that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]} if ray.is_initialized() else {""}
 
 
 class Room(NamedTuple):

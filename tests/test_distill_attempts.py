@@ -20,7 +20,7 @@ ROWS = list(range(10))
 
 
 def start(folder: Path, run: str = "run", node: str = "n1", alive: str = "n1 n2") -> Attempts:
-    return Attempts(str(folder), "part-000000", run, node, set(alive.split()))
+    return Attempts(str(folder), "part-000000", run, node, lambda: set(alive.split()))
 
 
 def die(attempts: Attempts, row: int) -> list[int]:

@@ -9,7 +9,7 @@ A lost node or a killed driver is nobody's fault, and counts for nothing.
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import fsspec
@@ -32,13 +32,13 @@ class Announcement:
 class Attempts:
     """The starts of one shard, this one included."""
 
-    def __init__(self, folder: str, part: str, run: str, node: str, alive: set[str]) -> None:
-        """run, node: where this start runs. alive: nodes that are there now."""
+    def __init__(self, folder: str, part: str, run: str, node: str, alive: Callable[[], set[str]]) -> None:
+        """run, node: where this start runs. alive: the nodes that are there now."""
         self.folder, self.run, self.node = f"{folder}/{FOLDER}/{part}", run, node
         self.uri = f"{self.folder}/{time.time_ns():020}-{uuid.uuid4().hex}{parts.ATTEMPT}"
         earlier = self._read()
         self.num_earlier = len(earlier)
-        deaths = _deaths(earlier, run, alive)
+        deaths = _deaths(earlier, run, alive()) if earlier else []
         alone = Counter(death.rows[0] for death in deaths if death.rows and len(death.rows) == 1)
         self.fatal = {row: times for row, times in alone.items() if times >= DEATHS}
         self.is_careful = bool(deaths)

@@ -135,7 +135,7 @@ class Generator:
 
     def __call__(self, shard: shards.Shard) -> Facts:
         asked = [(prompt, n) for prompt in self.prompts.of(shard) for n in range(self.settings.samples)]
-        attempts = Attempts(self.distilled, shard["part"], self.run, *shards.nodes())
+        attempts = Attempts(self.distilled, shard["part"], self.run, shards.node(), shards.nodes)
         outcomes = self._generate(asked, attempts)
         replies: list[Row] = []
         captured = []
