@@ -63,9 +63,8 @@ def sources_of(prompts: list[Row]) -> list[str]:
 
 def seed_of(seed: int, row_id: str, sample: int = 0) -> int:
     """The seed of one reply, wherever and whenever it is generated; 63 bits."""
-    name = (
-        f"{seed}/{row_id}/{sample}" if sample else f"{seed}/{row_id}"
-    )  # the first is as if it were the only one
+    # The first sample is what it would be as the only one.
+    name = f"{seed}/{row_id}/{sample}" if sample else f"{seed}/{row_id}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
