@@ -27,12 +27,12 @@ from medusa_ray.demo.quality import BASE
 
 pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(3600)]
 
-NUM_ROWS = 3000
+NUM_ROWS = 2000
 
 
 def actors() -> list[psutil.Process]:
     found = psutil.Process().children(recursive=True)
-    return [process for process in found if any("MapWorker" in word for word in process.cmdline())]
+    return [process for process in found if "MapWorker" in process.name()]
 
 
 def write_run(folder: Path) -> RunConfig:
