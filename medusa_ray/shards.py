@@ -154,7 +154,7 @@ def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bo
         return dataset.map_batches(
             function,
             fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-            batch_size=None,
+            batch_size=1,  # of a block, which has one row; where there are GPUs Ray takes no None
             batch_format="pyarrow",
             **resources,
         )
