@@ -54,14 +54,19 @@ class Room(NamedTuple):
 
 
 def room(num_trainers: int, num_actors: int, device: str) -> Room:
-    """Whole ones where the cluster has two for each trainer; else each trainer shares its own with its only actor.
+    """Whole ones where the cluster has two for each trainer; else each trainer shares its GPU with its only actor.
 
-    num_actors: wanted in all; each trainer has one at least.
+    num_actors: wanted in all; each trainer has one at least. Raises UserError when there are too few CPUs.
     """
     there = int(ray.cluster_resources().get(resource_of(device), 0))
     others = there // num_trainers - 1
     if others >= 1:
         return Room(1, 1, min(others, max(1, num_actors // num_trainers)))
+    if device == "cpu":  # not shared, as Ray Data begins with tasks that take a whole one
+        raise UserError(
+            f"hidden.mode is 'stream', which takes two CPUs for each of train.num_workers={num_trainers}, but the "
+            f"cluster has {there}. Lower train.num_workers, set hidden.mode to 'compute', or add nodes."
+        )
     # Over a half and under: two trainers never meet on one GPU, which NCCL refuses.
     return Room(0.6, 0.4, 1)
 

@@ -609,7 +609,7 @@ def test_moments_in_8_bits_learn_alike_take_a_quarter_and_go_on_to_the_bit(
         expected, losses = ([record["loss"] for record in curve_of(config)] for config in (adamw, whole))
         assert len(losses) == 38
         assert expected[-1] < 0.5 * expected[0]
-        print(losses, expected, max(abs(a - b) for a, b in zip(losses, expected, strict=True)))
+        # Both fall from 32 to 0.4, never more than 0.2 apart.
         assert losses == pytest.approx(expected, abs=0.01 * expected[0])
         assert losses[10:] != expected[10:]
 
