@@ -471,6 +471,7 @@ LEGACY_FLAGS = {
     "evaluation_strategy": "train.eval_steps",
     "warmup_ratio": "train.warmup_steps",
     "lazy_preprocess": "hidden.mode",
+    "optim": "train.optimizer",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "lr_scheduler_type": "train.lr_scheduler",

@@ -46,7 +46,7 @@ def device_of(model: ModelConfig) -> str:
 
 
 class Room(NamedTuple):
-    """Of a GPU, or of a CPU where there is none: what a trainer takes, and each of the actors that stream to it."""
+    """What a trainer takes of a GPU, and what each of the actors does that stream to it."""
 
     trainer: float
     actor: float
@@ -79,12 +79,12 @@ def resource_of(device: str) -> str:
 def actors(num_actors: int, num_shards: int, device: str, share: float = 1) -> dict[str, Any]:
     """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
 
-    share: of a GPU, or of a CPU where there is none, for each.
+    share: of a GPU, for each.
     """
     fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource_of(device), 1)))
     return {
         "compute": ray.data.ActorPoolStrategy(size=max(fitting, 1), max_tasks_in_flight_per_actor=2),
-        "num_cpus": 1 if device == "cuda" else share,
+        "num_cpus": 1,
         "num_gpus": share if device == "cuda" else 0,
         # Ray's default is to try for ever; a shard that ends four processes is at fault itself.
         "max_task_retries": 3,
