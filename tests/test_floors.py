@@ -44,7 +44,7 @@ LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"peft", "tokenizers", "transformers"},
-    STAGES: {"deepspeed", "fastapi", "prometheus_client", "ray", "starlette", "tensorboard"},
+    STAGES: {"bitsandbytes", "deepspeed", "fastapi", "prometheus_client", "ray", "starlette", "tensorboard"},
     DOOR: {"huggingface_hub", "rich", "typer"},
 }
 MODULES = {
