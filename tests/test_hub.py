@@ -32,6 +32,9 @@ FILES = {WEIGHTS, "config.json", "tree.json", "accuracy.json", "provenance.json"
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No Xet, which the fake hub does not know, no token and no cache of whoever runs this, and no waiting."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(
+        constants, "HF_HUB_OFFLINE", False
+    )  # conftest.py has set it; only loopback is asked here
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     # Its own pauses between tries, 23 s in all; what counts is that it tries.
@@ -419,7 +422,7 @@ def test_a_passing_trouble_of_the_hub_is_waited_out(
     ("fault", "told"),
     [
         (Fault("POST", "/api/repos/create", status=401, message="bad"), "401.*hf auth login"),
-        (Fault("POST", "/api/repos/create", status=403, message="no right"), "403.*no right.*may not write to ann/heads"),
+        (Fault("POST", "/api/repos/create", status=403, message="no right"), "403.*no right.*may not write to ann"),
         (Fault("POST", "/api/repos/create", status=409, message="exists"), "409.*The name is taken"),
         (Fault("POST", "/preupload/", status=404, message="gone"), "404.*cannot see it"),
         (Fault("POST", "/preupload/", status=429, message="slow down"), "429.*Wait some minutes"),
@@ -444,7 +447,7 @@ def test_each_refusal_of_a_hub_says_what_came_and_what_to_do(
 def test_a_name_that_another_holds_is_told(fake: FakeHub, api: HfApi, folder: Path) -> None:
     """Its private repo looks to us as if there were none."""
     fake.make("bob/heads", {"config.json": b"bob's"})
-    with pytest.raises(UserError, match="403.*may not write to bob/heads"):
+    with pytest.raises(UserError, match=r"403.*may not write to bob/heads"):
         hub.push(hub.plan(str(folder), "bob/heads", api=api), "mine", api)
     assert fake.repos["bob/heads"].messages == ["initial commit"]
 
@@ -467,6 +470,14 @@ def test_a_hub_that_is_not_there_is_a_note_to_a_plan_and_the_end_of_a_push(folde
     assert {plan.state(file) for file in plan.files} == {"?"}
     assert "Check the network and HF_ENDPOINT" in plan.notes[0]
     with pytest.raises(UserError, match="Check the network"):
+        push(folder, api)
+
+
+def test_offline_mode_is_named_as_what_stops_a_push(
+    api: HfApi, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         push(folder, api)
 
 
@@ -678,19 +689,19 @@ def test_a_pickle_stays_a_file(fake: FakeHub, api: HfApi, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------------- the command itself
 
 
-def command(fake: FakeHub, *arguments: object, token: str = TOKEN) -> list[str]:
+def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "medusa_ray.cli", *map(str, arguments)]
 
 
 def environment(fake: FakeHub, tmp_path: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "HF_ENDPOINT": fake.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")} | {
-        "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", **more,
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", **more,
     }  # fmt: skip
 
 
 def run(fake: FakeHub, tmp_path: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command(fake, *arguments),
+        command(*arguments),
         env=environment(fake, tmp_path, **more),
         capture_output=True,
         text=True,
@@ -734,7 +745,7 @@ def test_a_push_killed_in_an_upload_is_finished_by_the_same_command(fake: FakeHu
     last = hashlib.sha256(weights["model-00002-of-00002.safetensors"]).hexdigest()
     fake.faults = [Fault("PUT", last, cut_after=1000, stall=True)]
     process = subprocess.Popen(
-        command(fake, "push", folder, REPO, "--yes"),
+        command("push", folder, REPO, "--yes"),
         env=environment(fake, tmp_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
