@@ -49,7 +49,8 @@ HEAD_TENSOR = re.compile(r"(.*\.)?(medusa_heads|blocks|lm_heads)\.\d+\.|\d+\.\d+
 # What no file may carry to a hub. A container@account of Azure's URIs is no password, hence the colon.
 SECRET = re.compile(
     r"://[^/\s:@]*:(?!\d+/)[^\s@]+@"
-    r"|\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-(\w+-)?|xox[abp]-)[A-Za-z0-9_]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\b(hf_|gh[pousr]_|sk-)[A-Za-z0-9]{20,}|\b(github_pat_|glpat-|xox[abp]-|sk-(proj|ant)-)[\w-]{16,}"
+    r"|\bAKIA[0-9A-Z]{16}\b"
     r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}|PRIVATE KEY-----"
     r"|[?&](x-amz-(signature|credential|security-token)|signature|sig|token|access_token|api_?key)=[^&\s]+",
     re.IGNORECASE,

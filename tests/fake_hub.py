@@ -59,9 +59,10 @@ class FakeHub:
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     part_size: int | None = None  # of uploads in parts
     requests: list[tuple[str, str]] = field(default_factory=list)
-    num_bytes_in: int = 0  # of bodies of uploads
     faults: list[Fault] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)  # that resolve was asked for
     stalled: threading.Event = field(default_factory=threading.Event)
+    kept: threading.Event = field(default_factory=threading.Event)  # a large file has come
     ending: threading.Event = field(default_factory=threading.Event)
     lie: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what tree says of it instead
     served: dict[str, bytes] = field(default_factory=dict)  # name -> what resolve gives instead
@@ -159,8 +160,6 @@ class Handler(BaseHTTPRequestHandler):
                     self.hub.ending.wait()
                 raise Cut
             body = self.rfile.read(length)
-        if self.command == "PUT":
-            self.hub.num_bytes_in += len(body)
         return body
 
     def send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -303,6 +302,7 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, "the digest is another")
         self.hub.large[oid] = content
+        self.hub.kept.set()
 
     def make_commit(self, name: str, branch: str) -> None:
         repo = self.repo(name, writes=True)
@@ -332,6 +332,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "Entry not found", **{"X-Error-Code": "EntryNotFound"})
         content = self.hub.served.get(file, files[file])
         if wanted := self.headers.get("Range"):
+            self.hub.ranges.append(wanted)
             first = int(wanted.removeprefix("bytes=").rstrip("-"))
             self.send(
                 206,

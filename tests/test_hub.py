@@ -7,11 +7,12 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fake_hub import SIGNATURE, FakeHub, Fault, serving
 from huggingface_hub import HfApi, constants
 from safetensors.torch import save_file
 
-from medusa_ray import hub, provenance
+from medusa_ray import cli, hub, provenance
 from medusa_ray.config import UserError
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 
@@ -38,7 +39,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     # Its own pauses between tries, 23 s in all; what counts is that it tries.
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture
@@ -595,17 +597,22 @@ def test_a_file_that_was_deleted_comes_back(api: HfApi, pushed: dict[str, bytes]
 def test_after_a_cut_a_pull_goes_on_where_it_was_and_no_folder_was_there_meanwhile(
     fake: FakeHub, api: HfApi, pushed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake.faults = [Fault("GET", f"/{WEIGHTS}", cut_after=1000)]
-    with pytest.raises(UserError, match="Run it again"):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what it holds back of a stream
+    fake.faults = [
+        Fault("GET", f"/{WEIGHTS}", cut_after=1000, times=1),
+        Fault("GET", f"/{WEIGHTS}", status=403),
+    ]
+    with pytest.raises(UserError, match="403"):
         hub.pull(REPO, str(tmp_path / "got"), api=api)
     assert not (tmp_path / "got").exists()
     fake.faults.clear()
     fake.requests.clear()
+    fake.ranges.clear()
     hub.pull(REPO, str(tmp_path / "got"), api=api)
     assert pulled(tmp_path / "got") == pushed
-    assert [path.split("/")[-1] for _, path in fake.requests if "/resolve/" in path].count(
-        "accuracy.json"
-    ) == 0
+    assert fake.ranges == ["bytes=1000-"]
+    hub.pull(REPO, str(tmp_path / "again"), api=api)
+    assert pulled(tmp_path / "again") == pushed
 
 
 def test_a_file_that_is_not_what_was_listed_is_thrown_away(
@@ -689,77 +696,91 @@ def test_a_pickle_stays_a_file(fake: FakeHub, api: HfApi, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------------- the command itself
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "medusa_ray.cli", *map(str, arguments)]
+@pytest.fixture
+def medusa_ray(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit code and what it wrote."""
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medusa-ray", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
 
 
-def environment(fake: FakeHub, tmp_path: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "HF_ENDPOINT": fake.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")} | {
-        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", **more,
+def process(fake: FakeHub, tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The command in a process of its own, which logs all that it can."""
+    environment = {"HF_ENDPOINT": fake.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")} | {
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"
     }  # fmt: skip
-
-
-def run(fake: FakeHub, tmp_path: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments),
-        env=environment(fake, tmp_path, **more),
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, "-m", "medusa_ray.cli", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
     )
-    assert TOKEN not in done.stdout + done.stderr
-    assert SIGNATURE not in done.stdout + done.stderr
-    return done
 
 
-def test_the_command_shows_then_sends_then_fetches(fake: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_the_command_shows_then_sends_then_fetches(
+    fake: FakeHub, medusa_ray: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
     (folder / ".env").write_text("PIN=1")
-    shown = run(fake, tmp_path, "push", folder, REPO, "--message", "two words")
-    assert shown.returncode == 0
+    code, shown, _ = medusa_ray("push", folder, REPO, "--message", "two words", "--revision", "v1")
+    assert code == 0
     assert fake.writes() == []
-    for text in (WEIGHTS, "new", "private", "left out    .env"):
-        assert text in shown.stdout
-    assert f"medusa-ray push {folder} {REPO} --yes --message 'two words'" in shown.stdout
-    sent = run(fake, tmp_path, "push", folder, REPO, "--yes", "--message", "two words")
-    assert sent.returncode == 0, sent.stderr
-    assert fake.repos[REPO].branches["main"] in sent.stdout
+    for text in (WEIGHTS, "new", "visibility  private", "left out    .env"):
+        assert text in shown
+    does = shown.split("This does: ")[1].strip()
+    assert does == f"medusa-ray push {folder} {REPO} --yes --revision v1 --message 'two words'"
+    code, sent, _ = medusa_ray(*shlex.split(does)[1:])
+    assert code == 0
+    assert fake.repos[REPO].branches["v1"] in sent
     assert fake.repos[REPO].messages[1:] == ["two words"]
-    got = run(fake, tmp_path, "pull", REPO, tmp_path / "got")
-    assert got.returncode == 0, got.stderr
+    assert "nothing to send" in medusa_ray(*shlex.split(does)[1:])[1]
+    assert medusa_ray("pull", REPO, tmp_path / "got", "--revision", "v1")[0] == 0
     assert pulled(tmp_path / "got") == contents(folder)
 
 
-def test_a_mistake_ends_the_command_with_2_and_no_traceback(
-    fake: FakeHub, folder: Path, tmp_path: Path
+def test_a_mistake_ends_the_command_with_2_and_a_message(
+    fake: FakeHub, medusa_ray: Callable[..., tuple[int, str, str]], folder: Path
 ) -> None:
     fake.make(REPO, {}, is_private=False)
-    refused = run(fake, tmp_path, "push", folder, REPO, "--yes")
-    assert refused.returncode == 2
-    assert "Traceback" not in refused.stderr
-    assert "is public" in refused.stderr
+    code, _, told = medusa_ray("push", folder, REPO, "--yes")
+    assert code == 2
+    assert told.startswith("medusa-ray: ann/heads is public")
+    assert fake.writes() == []
 
 
-def test_a_push_killed_in_an_upload_is_finished_by_the_same_command(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_push_killed_in_an_upload_is_finished_by_the_same_command_and_neither_logs_a_token(
+    fake: FakeHub, tmp_path: Path
+) -> None:
     folder = make_shards(tmp_path / "shards")
     weights = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     last = hashlib.sha256(weights["model-00002-of-00002.safetensors"]).hexdigest()
     fake.faults = [Fault("PUT", last, cut_after=1000, stall=True)]
-    process = subprocess.Popen(
-        command("push", folder, REPO, "--yes"),
-        env=environment(fake, tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    killed = process(fake, tmp_path, "push", folder, REPO, "--yes")
     assert fake.stalled.wait(60)
-    deadline = time.monotonic() + 30
-    while not fake.large and time.monotonic() < deadline:  # the other part, on another connection
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    assert fake.kept.wait(60), "the other part goes over another connection"
+    killed.kill()
+    logs = killed.communicate()[0]
     assert set(fake.repos[REPO].files()) == {".gitattributes"}
     fake.faults.clear()
     fake.requests.clear()
-    assert run(fake, tmp_path, "push", folder, REPO, "--yes").returncode == 0
+    again = process(fake, tmp_path, "push", folder, REPO, "--yes")
+    logs += again.communicate(timeout=60)[0]
+    assert again.returncode == 0, logs
     assert fake.uploads() == [f"/large/{last}"]
     assert fake.repos[REPO].messages == ["initial commit", "Medusa heads"]
     assert {name: fake.repos[REPO].files()[name] for name in weights} == weights
+    assert "/large/" in logs
+    assert TOKEN not in logs
+    assert SIGNATURE not in logs
