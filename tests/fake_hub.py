@@ -115,6 +115,7 @@ class Refusal(Exception):
 class Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait 40 ms
 
     def log_message(self, *args: Any) -> None:
         pass

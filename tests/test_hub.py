@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -621,11 +622,11 @@ def test_a_file_that_is_not_what_was_listed_is_thrown_away(
     for name in (WEIGHTS, "tree.json"):
         fake.served = {name: bytes(len(pushed[name]))}
         with pytest.raises(UserError, match=f"{name} came with the digest"):
-            hub.pull(REPO, str(tmp_path / "got"), api=api)
-        assert not (tmp_path / "got").exists()
+            hub.pull(REPO, str(tmp_path / name), api=api)
+        assert not (tmp_path / name).exists()
     fake.served = {}
-    hub.pull(REPO, str(tmp_path / "got"), api=api)
-    assert pulled(tmp_path / "got") == pushed
+    hub.pull(REPO, str(tmp_path / WEIGHTS), api=api)
+    assert pulled(tmp_path / WEIGHTS) == pushed
 
 
 def test_no_more_is_written_than_was_listed(
@@ -701,8 +702,7 @@ def medusa_ray(
     fake: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: its exit code and what it wrote."""
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=fake.url, token=TOKEN))
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medusa-ray", *map(str, arguments)])
