@@ -297,7 +297,7 @@ def check_texts(files: list[LocalFile], token: str | None) -> list[str]:
                     f"{file.name}: {key} has what looks like a token or password, and a hub keeps what it was given. "
                     "Nothing was sent. Take it out of the file, change it where it is used, and push again."
                 )
-            if file.name != "README.md" and re.match(r"/.|~/|file:|[A-Za-z]:\\", value):
+            if file.name != "README.md" and re.match(r"([\w.-]+=)?(/.|~/|file:|[A-Za-z]:\\)", value):
                 local.append(f"{file.name}: {key}")
     return [f"these name places on this machine: {', '.join(local)}"] if local else []
 

@@ -241,9 +241,11 @@ def test_ordinary_provenance_is_no_secret_but_its_places_are_noted(api: HfApi, f
         "url": "http://localhost:8000/v1/users/@me",
         "cache": "/home/ann/hf_internal_cache_directory/sk-learn-x",
     }
+    config |= {"overrides": ["output=/home/ann/runs"]}
     provenance.write(str(folder), config, {"base": "/home/ann/base"})
     notes = hub.plan(str(folder), REPO, api=api).notes
-    assert "provenance.json: config.cache, provenance.json: inputs.base" in notes[0]
+    for key in ("config.cache", "config.overrides[0]", "inputs.base"):
+        assert f"provenance.json: {key}" in notes[0]
 
 
 def empty(folder: Path) -> None:
@@ -473,6 +475,15 @@ def test_a_hub_that_is_not_there_is_a_note_to_a_plan_and_the_end_of_a_push(folde
     assert {plan.state(file) for file in plan.files} == {"?"}
     assert "Check the network and HF_ENDPOINT" in plan.notes[0]
     with pytest.raises(UserError, match="Check the network"):
+        push(folder, api)
+
+
+def test_a_hub_without_xet_is_told_how_to_be_used(
+    fake: FakeHub, api: HfApi, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library asks for Xet storage wherever its package is installed, and has no way back."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(UserError, match="set HF_HUB_DISABLE_XET=1"):
         push(folder, api)
 
 
