@@ -260,12 +260,15 @@ def export(
     materialise: Annotated[
         bool, typer.Option("--materialise", help="Write out layers that the format cannot share.")
     ] = False,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Save the base too, an adapter merged into it, in OUT/base.")
+    ] = False,
 ) -> None:
     """Heads -> a folder that TGI, vLLM, TensorRT-LLM, ModelOpt or FasterDecoding's code loads, bit for bit."""
     from medusa_ray import exchange
 
     with step("export"):
-        exchange.export(heads, out, layout, base, materialise)
+        exchange.export(heads, out, layout, base, materialise, with_base)
 
 
 @app.command("import")
