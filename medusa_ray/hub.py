@@ -20,31 +20,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
-from safetensors import SafetensorError, safe_open
 
 from medusa_ray import provenance
 from medusa_ray.config import UserError
-from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
+from medusa_ray.medusa import layouts
+from medusa_ray.medusa.heads import WEIGHTS
+from medusa_ray.medusa.tensors import check_finite, read_json
 
 # The files of heads, in our layout and in those of other engines. No pattern: what nobody thought of stays at home.
 LISTED = re.compile(
-    r"medusa_lm_head\.(safetensors|pt)|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"medusa_lm_head\.(safetensors|pt)|medusa_heads\.safetensors|modelopt_state\.pth"
+    r"|model(-\d{5}-of-\d{5}|-base|-medusa-heads)?\.safetensors|model\.safetensors\.index\.json"
     r"|(config|tree|accuracy|provenance)\.json|README\.md"
 )
-TENSORS = (".safetensors", ".pt")
-INDEX = "model.safetensors.index.json"
+TENSORS = (".safetensors", ".pt", ".pth")
 RECORD = "hub.json"  # in a folder that was pulled: from which commit, and the digest of each file
 MAX_TEXT = 16 * 2**20  # bytes of a file that is no tensors; the index of a large model has one
 MAX_ENTRIES = 10_000  # of a repo's top folder
 CHUNK = 2**20
 TIMEOUT_S = 30.0  # of the first question, so that a hub which never answers is noticed
-HEAD_TENSOR = re.compile(r"(.*\.)?(medusa_heads|blocks|lm_heads)\.\d+\.|\d+\.\d+\.")
 
 # What no file may carry to a hub. A container@account of Azure's URIs is no password, hence the colon.
 SECRET = re.compile(
@@ -234,46 +233,21 @@ def listed(folder: str) -> tuple[list[LocalFile], list[str]]:
 def check_heads(folder: Path, files: list[LocalFile]) -> None:
     """Raises UserError unless a folder holds the finite weights of heads."""
     sizes = {file.name: file.size for file in files}
-    tensors = [name for name in sizes if name.endswith(TENSORS)]
-    if not tensors or not all(sizes[name] for name in tensors):
-        raise UserError(
-            f"{folder} holds no heads: none of {WEIGHTS}, model.safetensors, medusa_lm_head.pt with bytes."
-        )
-    if WEIGHTS in tensors:
-        try:
-            # bfloat16 has the range of float32 in half the memory; nothing but finiteness is asked of the numbers.
-            MedusaHeads.load(folder, torch.bfloat16)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    elif safetensors := [name for name in tensors if name.endswith(".safetensors")]:
-        check_other_layout(folder, safetensors)
-
-
-def check_other_layout(folder: Path, names: list[str]) -> None:
-    """The same of the files that other engines read: whole, finite, complete, and with heads among them."""
-    found = set()
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                for tensor_name in file.keys():  # noqa: SIM118 - it is no dict
-                    found.add(tensor_name)
-                    tensor = file.get_tensor(tensor_name)
-                    if tensor.is_floating_point() and tensor.numel() and not tensor.float().isfinite().all():
-                        raise UserError(f"{folder / name}: {tensor_name} has numbers that are not finite.")
-        except SafetensorError as error:
-            raise UserError(
-                f"{folder / name} is no whole safetensors file: {error}. Export it again."
-            ) from error
-    if not any(HEAD_TENSOR.match(name) for name in found):
-        raise UserError(f"{folder} holds no heads, but tensors such as {sorted(found)[:3]}.")
-    if any("-of-" in name for name in names):
-        index = (
-            provenance.read_json(f"{folder}/{INDEX}") if (folder / INDEX).is_file() else {"weight_map": {}}
-        )
-        if wrong := set(index["weight_map"].values()) ^ set(names):
-            raise UserError(
-                f"{folder}: {INDEX} and the parts there differ in {sorted(wrong)}. Export it again."
-            )
+    names = [name for name in sizes if name.endswith(TENSORS)]
+    if not names or not all(sizes[name] for name in names):
+        raise UserError(f"{folder} holds no heads: none of {WEIGHTS}, {layouts.MODEL_WEIGHTS} and the like.")
+    try:
+        found = layouts.read(str(folder))
+        heads = layouts.layouted(found, None, found.vocab_size)
+        check_finite(heads.state_dict(), found.where)
+        if layouts.MODEL_INDEX in sizes:
+            parts = set(read_json(str(folder / layouts.MODEL_INDEX)).get("weight_map", {}).values())
+            if wrong := parts ^ {name for name in names if name.endswith(".safetensors")}:
+                raise ValueError(
+                    f"{layouts.MODEL_INDEX} and the parts there differ in {sorted(wrong)}. Export it again."
+                )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder} holds no sound heads: {error}") from error
 
 
 def check_texts(files: list[LocalFile], token: str | None) -> list[str]:
@@ -359,7 +333,7 @@ def pull(repo: str, folder: str, revision: str = "main", *, api: HfApi) -> Pulle
     files = remote.files
     if not any(name.endswith(TENSORS) for name in files):
         raise UserError(
-            f"{repo}@{revision} holds no heads: none of {WEIGHTS}, model.safetensors, medusa_lm_head.pt."
+            f"{repo}@{revision} holds no heads: none of {WEIGHTS}, {layouts.MODEL_WEIGHTS} and the like."
         )
     sizes = {name: entry.size for name, entry in files.items()}
     if before and before["commit"] == remote.commit and before["files"].keys() <= set(os.listdir(target)):

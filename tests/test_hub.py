@@ -21,8 +21,9 @@ from fake_hub import SIGNATURE, FakeHub, Fault, serving
 from huggingface_hub import HfApi, constants
 from safetensors.torch import save_file
 
-from medusa_ray import cli, hub, provenance
+from medusa_ray import cli, exchange, hub, provenance
 from medusa_ray.config import UserError
+from medusa_ray.medusa import layouts
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 
 TOKEN = "hf_" + "aB3" * 11 + "x"  # as long as a real one
@@ -69,7 +70,7 @@ def make_heads(folder: Path, seed: int = 0) -> Path:
             parameter.normal_()
     heads.save(folder, base="some/base")
     for name in ("tree.json", "accuracy.json"):
-        (folder / name).write_text(json.dumps([[seed]]))
+        (folder / name).write_text(json.dumps({"paths": [[seed]]}))
     provenance.write(str(folder), {"seed": seed}, {"base": "some/base"})
     record = provenance.read(str(folder)) or {}
     provenance.write_json(str(folder / "provenance.json"), record | {"command": ["medusa-ray", "train"]})
@@ -80,13 +81,13 @@ def make_shards(folder: Path) -> Path:
     """Heads as other engines keep them, in two parts of different size."""
     folder.mkdir()
     names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
-    for part, name in enumerate(names):
-        save_file(
-            {f"medusa_heads.{part}.0.linear.weight": torch.full((64 * (part + 1), 64), 0.5)}, folder / name
-        )
-    weight_map = {f"medusa_heads.{part}.0.linear.weight": name for part, name in enumerate(names)}
-    (folder / hub.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text("{}")
+    tensors = MedusaHeads(1, 1, hidden_size=64, vocab_size=128).state_dict()
+    weight_map = {f"medusa_heads.{name}": names["linear" not in name] for name in tensors}
+    for part in names:
+        held = [name for name, file in weight_map.items() if file == part]
+        save_file({name: tensors[name.removeprefix("medusa_heads.")] for name in held}, folder / part)
+    (folder / layouts.MODEL_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text('{"vocab_size": 128}')
     return folder
 
 
@@ -130,7 +131,7 @@ def test_a_plan_asks_but_sends_nothing(fake: FakeHub, api: HfApi, folder: Path) 
 def test_a_plan_tells_new_changed_and_same_files_apart(fake: FakeHub, api: HfApi, folder: Path) -> None:
     """Equal sizes are not equal files, neither small ones (git's digest) nor large ones (sha256)."""
     files = contents(folder)
-    (folder / "tree.json").write_text("[[9]]")
+    (folder / "tree.json").write_text('{"paths": [[9]]}')
     other_weights = bytearray(files[WEIGHTS])
     other_weights[-1] ^= 1
     fake.make(REPO, {**files, WEIGHTS: bytes(other_weights)})
@@ -296,6 +297,28 @@ def test_parts_of_another_engines_layout_go_together_or_not_at_all(
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002"):
         push(folder, api)
+
+
+@pytest.mark.parametrize("layout", ["own", "shared", "lowrank"])
+@pytest.mark.parametrize("token_map_M", [None, torch.tensor([1, 5, 9])])
+def test_heads_of_every_layout_travel(
+    layout: str, token_map_M: torch.Tensor | None, fake: FakeHub, api: HfApi, tmp_path: Path
+) -> None:
+    heads = MedusaHeads(2, 1, hidden_size=8, vocab_size=32, layout=layout, rank=2, token_map_M=token_map_M)
+    heads.save(tmp_path / "mine", base="some/base")
+    push(tmp_path / "mine", api)
+    hub.pull(REPO, str(tmp_path / "got"), api=api)
+    assert pulled(tmp_path / "got") == pulled(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("format_", ["tgi", "vllm", "trtllm", "fasterdecoding"])
+def test_what_was_exported_travels(
+    format_: str, fake: FakeHub, api: HfApi, folder: Path, tmp_path: Path
+) -> None:
+    exchange.export(str(folder), str(tmp_path / "mine"), format_)
+    push(tmp_path / "mine", api)
+    hub.pull(REPO, str(tmp_path / "got"), api=api)
+    assert pulled(tmp_path / "got") == pulled(tmp_path / "mine")
 
 
 def test_a_public_repo_takes_heads_only_from_who_says_public(fake: FakeHub, api: HfApi, folder: Path) -> None:
