@@ -35,8 +35,20 @@ def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
 
     It is exact: what a step accepts depends on the ranks at its root alone.
     """
+    steps = sum(steps_by_accepted(ranks, tree))
+    return sum(len(rank_TH) for rank_TH in ranks) / steps if steps else 0.0
+
+
+def accepted_per_position(ranks: Sequence[Tensor], tree: Tree) -> list[float]:
+    """Share of steps in which guess k, from 0, was accepted. Steps count from which no k-th token came any more."""
+    steps = steps_by_accepted(ranks, tree)
+    return [sum(steps[k:]) / sum(steps) if sum(steps) else 0.0 for k in range(1, len(steps))]
+
+
+def steps_by_accepted(ranks: Sequence[Tensor], tree: Tree) -> list[int]:
+    """[j]: steps that accept exactly j guesses, up to the tree's depth."""
     paths = set(tree.paths)
-    tokens = steps = 0
+    steps = [0] * (tree.depth + 1)
     for rank_TH in ranks:
         rows, root = rank_TH.tolist(), 0
         while root < len(rows):
@@ -44,6 +56,5 @@ def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
             while depth < tree.depth and tuple(rows[root][: depth + 1]) in paths:
                 depth += 1
             root += depth + 1
-            steps += 1
-        tokens += len(rows)
-    return tokens / steps if steps else 0.0
+            steps[depth] += 1
+    return steps
