@@ -16,14 +16,14 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "medusa_ray"
 
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
-STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub"}
+STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
 FLOORS = {
     PAPER: {"card", "config", "records", "provenance", "parts", "report"},
     MATHS: {
         f"medusa.{name}"
         for name in (
             *("tree", "ranks", "sizing", "acceptance", "processors", "sampling", "heads", "loss", "kernels"),
-            "allocator",
+            *("allocator", "tensors", "layouts"),
         )
     },
     MODEL: {

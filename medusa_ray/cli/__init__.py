@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from medusa_ray.config import RunConfig
 
 STAGES = ("data", "distill", "hidden", "train", "evaluate")
+Layout = Literal["tgi", "vllm", "trtllm", "modelopt", "fasterdecoding"]  # medusa.layouts.Format, which imports torch
 BaseSize = Literal["0.9m", "8m"]  # the names of demo.train_base.RECIPES, which takes seconds to import
 
 app = typer.Typer(
@@ -244,6 +245,42 @@ def profile(
             grid.add_row(*row)
         console.print(grid)
     print(f"mode {found['mode']}, {threads} thread(s), {dtype}")
+
+
+@app.command()
+def export(
+    heads: Annotated[str, typer.Argument(help="Folder or URI of the heads.", show_default=False)],
+    out: Annotated[str, typer.Argument(help="A new folder.", show_default=False)],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="Who is to load the heads.", show_default=False)
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Where the base is found, if not where the heads were trained.")
+    ] = None,
+    materialise: Annotated[
+        bool, typer.Option("--materialise", help="Write out layers that the format cannot share.")
+    ] = False,
+) -> None:
+    """Heads -> a folder that TGI, vLLM, TensorRT-LLM, ModelOpt or FasterDecoding's code loads, bit for bit."""
+    from medusa_ray import exchange
+
+    with step("export"):
+        exchange.export(heads, out, layout, base, materialise)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[str, typer.Argument(help="Folder or URI of heads in any format.", show_default=False)],
+    out: Annotated[str, typer.Argument(help="A new folder.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Their base, where their config names none.")] = None,
+) -> None:
+    """Heads that others have written -> heads of ours; the format is seen from the tensors' names."""
+    from medusa_ray import exchange
+
+    with step("import"):
+        _, notes = exchange.import_heads(folder, out, base)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- running
