@@ -469,7 +469,7 @@ def _loading(facts: Facts) -> str:
         "done = engine.generate([prompt_ids], max_new_tokens=64)\n```\n\n"
         f"```yaml\n{yaml.safe_dump(serve, sort_keys=False)}```"
     )
-    config = "`base_model_name_or_path` in config.json must name the base as that server finds it"
+    config = "`base_model_name_or_path` in config.json, or `--base` of the export, must name the base as it finds it"
     speculation = json.dumps({"method": "medusa", "model": "OUT", "num_speculative_tokens": shape.num_heads})
     tgi_folder = "HEADS" if fits(shape, "tgi") == [] else "OUT"
     others = [

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from medusa_ray import card, provenance, report
 from medusa_ray.config import CardConfig, ServeConfig, parse
+from medusa_ray.medusa import layouts
 from medusa_ray.medusa.heads import MedusaHeads
 from tests.test_report import WINNING, traffic_rows, write_run
 
@@ -259,11 +261,18 @@ def test_each_server_is_told_what_it_can_hold(
         2, num_layers, hidden_size=8, vocab_size=50, layout=layout, rank=4, token_map_M=token_map_M
     )
     heads.save(tmp_path, "acme/sql-8b")
+    heads.init_from(torch.zeros(50, 8))
     card.write(str(tmp_path))
     _, text = read(tmp_path)
     shape = card.Shape.read(str(tmp_path))
     assert (shape.num_heads, shape.num_layers, shape.layout) == (2, num_layers, layout)
     assert (shape.rank, shape.draft_vocab_size) == (4 if layout == "lowrank" else 0, num_tokens)
+    # What the export itself says is the oracle of the table above.
+    for servers, refuses, helps in ((as_is, False, True), (needs_words, True, True), (cannot, True, False)):
+        for server in servers.split():
+            for materialise, expects in ((False, refuses), (True, not helps)):
+                with pytest.raises(ValueError, match="cannot hold") if expects else nullcontext():
+                    layouts.fitted(heads, server, torch.zeros(50, 8), materialise)
     for server in as_is.split():
         assert f"--format {server} --materialise" not in text
         assert (f"export HEADS OUT --format {server}" in text) == (server != "tgi")

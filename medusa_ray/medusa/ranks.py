@@ -40,13 +40,16 @@ def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
 
 
 def accepted_per_position(ranks: Sequence[Tensor], tree: Tree) -> list[float]:
-    """Share of steps in which guess k, from 0, was accepted. Steps count from which no k-th token came any more."""
+    """Share of steps in which guess k, from 0, was accepted: 1 and these shares add up to `tokens_per_step`."""
     steps = steps_by_accepted(ranks, tree)
     return [sum(steps[k:]) / sum(steps) if sum(steps) else 0.0 for k in range(1, len(steps))]
 
 
 def steps_by_accepted(ranks: Sequence[Tensor], tree: Tree) -> list[int]:
-    """[j]: steps that accept exactly j guesses, up to the tree's depth."""
+    """[j]: steps that commit j + 1 tokens, so j guesses, up to the tree's depth.
+
+    One of the guesses takes the place of the base's own token where that is the reply's last, as the engine counts it.
+    """
     paths = set(tree.paths)
     steps = [0] * (tree.depth + 1)
     for rank_TH in ranks:
@@ -55,6 +58,6 @@ def steps_by_accepted(ranks: Sequence[Tensor], tree: Tree) -> list[int]:
             depth = 0
             while depth < tree.depth and tuple(rows[root][: depth + 1]) in paths:
                 depth += 1
+            steps[min(depth, len(rows) - root - 1)] += 1
             root += depth + 1
-            steps[depth] += 1
     return steps
