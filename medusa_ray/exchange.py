@@ -1,7 +1,6 @@
 """heads/ -> folders that other servers and trainers load, and back."""
 
 import io
-import json
 import os
 from typing import Any
 
@@ -167,5 +166,5 @@ def _copy_beside(source: str, out: str) -> None:
     for name in BESIDE:
         try:
             provenance.write_json(f"{out}/{name}", tensors.read_json(f"{source}/{name}"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):  # none, or not the artifact of that name
             continue

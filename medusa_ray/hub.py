@@ -30,15 +30,15 @@ from medusa_ray import provenance
 from medusa_ray.config import UserError
 from medusa_ray.medusa import layouts
 from medusa_ray.medusa.heads import WEIGHTS
-from medusa_ray.medusa.tensors import check_finite, read_json
+from medusa_ray.medusa.tensors import check_finite
 
 # The files of heads, in our layout and in those of other engines. No pattern: what nobody thought of stays at home.
 LISTED = re.compile(
-    r"medusa_lm_head\.(safetensors|pt)|medusa_heads\.safetensors|modelopt_state\.pth"
-    r"|model(-\d{5}-of-\d{5}|-base|-medusa-heads)?\.safetensors|model\.safetensors\.index\.json"
+    r"medusa_lm_head\.(safetensors|pt)|medusa_heads\.safetensors"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(config|tree|accuracy|provenance)\.json|README\.md"
 )
-TENSORS = (".safetensors", ".pt", ".pth")
+TENSORS = (".safetensors", ".pt")
 RECORD = "hub.json"  # in a folder that was pulled: from which commit, and the digest of each file
 MAX_TEXT = 16 * 2**20  # bytes of a file that is no tensors; the index of a large model has one
 MAX_ENTRIES = 10_000  # of a repo's top folder
@@ -135,7 +135,7 @@ def plan(
         check_token(api)
     files, left_out = listed(folder)
     notes = check_texts(files, token_of(api))
-    check_heads(Path(folder), files)
+    check_heads(folder)
     remote = None
     try:
         remote = look(api, repo, revision, writes=True)
@@ -230,22 +230,14 @@ def listed(folder: str) -> tuple[list[LocalFile], list[str]]:
     return files, left_out
 
 
-def check_heads(folder: Path, files: list[LocalFile]) -> None:
-    """Raises UserError unless a folder holds the finite weights of heads."""
-    sizes = {file.name: file.size for file in files}
-    names = [name for name in sizes if name.endswith(TENSORS)]
-    if not names or not all(sizes[name] for name in names):
-        raise UserError(f"{folder} holds no heads: none of {WEIGHTS}, {layouts.MODEL_WEIGHTS} and the like.")
+def check_heads(folder: str) -> None:
+    """Raises UserError unless a folder holds the finite weights of heads, and of nothing else."""
     try:
-        found = layouts.read(str(folder))
+        found = layouts.read(folder)
+        if found.is_model:
+            raise ValueError("it is a whole model, base and heads, which `hf upload` sends")
         heads = layouts.layouted(found, None, found.vocab_size)
         check_finite(heads.state_dict(), found.where)
-        if layouts.MODEL_INDEX in sizes:
-            parts = set(read_json(str(folder / layouts.MODEL_INDEX)).get("weight_map", {}).values())
-            if wrong := parts ^ {name for name in names if name.endswith(".safetensors")}:
-                raise ValueError(
-                    f"{layouts.MODEL_INDEX} and the parts there differ in {sorted(wrong)}. Export it again."
-                )
     except (ValueError, OSError) as error:
         raise UserError(f"{folder} holds no sound heads: {error}") from error
 
