@@ -449,8 +449,8 @@ def _loading(facts: Facts) -> str:
     notes = [f"{stands}, `OUT` for a new one."]
     if facts.adapter:
         notes.append(
-            "The base is an adapter: medusa_ray merges it when it loads it. For the others merge it first, with peft's "
-            "`merge_and_unload`, and give the merged model for the base."
+            "The base is an adapter: medusa_ray merges it when it loads it. For the others add `--with-base` to the "
+            "export: OUT/base is then the merged model, and the base for their commands."
         )
     serve = {
         "applications": [

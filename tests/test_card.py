@@ -214,7 +214,7 @@ def test_medusa_2_says_that_the_base_changed(tmp_path: Path) -> None:
     assert "**The base has changed.**" in text
     assert "`adapter` (a local folder), which is not on the hub, an adapter on acme/sql-8b" in text
     assert "1 epochs in steps of 32 rows; LoRA of rank 32, alpha 16, on all-linear" in text
-    assert "merge_and_unload" in text
+    assert "add `--with-base` to the export" in text
 
 
 def test_a_difference_is_called_a_fault(heads: Path) -> None:

@@ -302,6 +302,24 @@ def test_an_export_says_where_it_comes_from_and_overwrites_nothing(tiny_base: Pa
         exchange.export(str(heads), str(tmp_path / "out"), "tgi")
 
 
+def test_an_adapter_is_merged_for_servers_that_know_none(tiny_base: Path, tmp_path: Path) -> None:
+    """Heads of joint training belong to an adapter, which TGI would take for no model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = str(tiny_base)
+    adapter.save_pretrained(tmp_path / "adapter")
+    heads = saved_heads(tmp_path / "heads", tmp_path / "adapter", "shared")
+    exchange.export(str(heads), str(tmp_path / "out"), "tgi", with_base=True)
+    served = json.loads((tmp_path / "out/config.json").read_text())["base_model_name_or_path"]
+    found = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32)
+    ids = torch.arange(6, 30)[None]
+    torch.testing.assert_close(found(ids).logits, adapter.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (Path(served) / "tokenizer.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ import
 
 
