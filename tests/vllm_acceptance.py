@@ -13,7 +13,8 @@ vLLM's counters (`vllm:spec_decode_*`, read from /metrics before and after) take
 long as the base agrees with them, though no reply has them; and where the last token is itself a guess, the engine
 counts it as the one token that each step brings anyway. So vLLM's figures are given twice: as it counts, and as we do,
 for which it tells each reply's steps one by one (`--per-request-spec-decode-metrics detailed`) and the last of them is
-cut to the tokens that came.
+cut to the tokens that came. What is left between the two are near ties of guesses: the engine's heads guess in bfloat16
+where the processor multiplies that, vLLM's in float32.
 """
 
 import argparse
