@@ -27,7 +27,7 @@ from medusa_ray.cli.estimate import Base, estimate, num_head_parameters
 from medusa_ray.config import HeadsConfig, RunConfig, UserError
 
 STAGES = ["data", "distill", "hidden", "train", "evaluate"]
-VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile"]
+VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile", "push", "pull"]
 
 
 class Done(NamedTuple):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from medusa_ray.medusa.engine import Engine
-from medusa_ray.medusa.heads import MAX_HEADER, WEIGHTS, HeadStack, MedusaHeads, PackedHeadStack
+from medusa_ray.medusa.heads import EXTENDED_WEIGHTS, WEIGHTS, HeadStack, MedusaHeads, PackedHeadStack
 from medusa_ray.medusa.loss import labels_for, medusa_loss, num_losses, whole_cross_entropy
+from medusa_ray.medusa.tensors import MAX_HEADER
 
 C, V, R = 8, 20, 3
 TOKEN_MAP = torch.tensor([0, 3, 4, 7, 11, 12, 19])
@@ -239,20 +240,30 @@ def test_tensors_that_are_not_heads_of_one_shape_are_refused(
 @pytest.mark.parametrize(
     ("layout", "token_map_M"), [("shared", None), ("own", TOKEN_MAP), ("lowrank", TOKEN_MAP)]
 )
-@pytest.mark.parametrize("config", ["{}", "[]", '{"vocab_size": null}', "no JSON"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{}", "gives no vocab_size"),
+        ('{"vocab_size": null}', "gives no vocab_size"),
+        ("[]", "is a list, but an object was expected"),
+        ("no JSON", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+)
 def test_a_vocabulary_that_no_tensor_shows_is_needed_in_the_config(
-    layout: str, token_map_M: torch.Tensor | None, config: str, tmp_path: Path
+    layout: str, token_map_M: torch.Tensor | None, config: str, message: str, tmp_path: Path
 ) -> None:
     random_heads(layout=layout, token_map_M=token_map_M).save(tmp_path, "base")
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match="gives no vocab_size"):
+    with pytest.raises(ValueError, match=message):
         MedusaHeads.load(tmp_path)
 
 
 def save_with(folder: Path, name: str, tensor: torch.Tensor, **shape: Any) -> None:
     """Random heads of which one tensor is another."""
     random_heads(**shape).save(folder, "base")
-    save_file({**load_file(folder / WEIGHTS), name: tensor}, folder / WEIGHTS)
+    (file,) = folder.glob("*.safetensors")
+    save_file({**load_file(file), name: tensor}, file)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +298,9 @@ def test_parts_of_a_low_rank_term_must_fit_each_other(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_refused(name: str, number: float, tmp_path: Path) -> None:
     """A head of NaN guesses the same tokens everywhere; nothing fails, and nothing is accepted."""
     random_heads(layout="lowrank").save(tmp_path, "base")
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / EXTENDED_WEIGHTS)
     tensors[name].flatten()[-1] = number
-    save_file(tensors, tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / EXTENDED_WEIGHTS)
     with pytest.raises(ValueError, match=f"{name} goes from .*{abs(number)}.* finite"):
         MedusaHeads.load(tmp_path)
 
@@ -313,7 +324,7 @@ def test_a_header_longer_than_its_file_is_refused_unread(
     random_heads().save(tmp_path, "base")
     content = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
-    monkeypatch.setattr("medusa_ray.medusa.heads.load", lambda content: pytest.fail("the file was read"))
+    monkeypatch.setattr("torch.frombuffer", lambda *_, **__: pytest.fail("the file was read"))
     with pytest.raises(
         ValueError, match=f"header has {length:,} bytes, but there can be {len(content) - 8:,} at"
     ):

@@ -15,6 +15,7 @@ is EAGLE-3's `d2t` (arXiv 2503.01840, in its published code and checkpoints), wi
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,12 +23,15 @@ from typing import Any, Literal, cast
 import fsspec
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from medusa_ray.medusa import tensors as files
+
+log = logging.getLogger("medusa_ray")
+
 WEIGHTS = "medusa_lm_head.safetensors"  # TGI looks for no other name
-MAX_HEADER = 2**20  # bytes; sixteen heads of eight blocks have 32 KiB of names and shapes
+# Of heads that TGI would take for others: it finds none, where it would serve low-rank ones as shared.
+EXTENDED_WEIGHTS = "medusa_heads.safetensors"
 
 Layout = Literal["own", "shared", "lowrank"]
 
@@ -170,49 +174,82 @@ class MedusaHeads(nn.ModuleList):
         on_cpu = self.output_weight(0).device.type == "cpu"
         return PackedHeadStack(self) if on_cpu else HeadStack(self)
 
-    def save(self, folder: str | Path, base: str) -> None:
-        """Writes weights and config.json as TGI reads them; the base's shared output layer is not among them.
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.block(0, 0).linear.weight.dtype
 
-        base: folder or hub name of the model that the heads belong to. The config has no `architectures`, by
-        which TGI would take the folder for a whole model.
+    @property
+    def fits_tgi(self) -> bool:
+        """Whether TGI's loaders read these heads as what they are: MedusaHeadV1, or MedusaHeadV2 of one block."""
+        return self.token_map_M is None and (
+            self.layout == "own" or (self.layout == "shared" and self.num_layers == 1)
+        )
+
+    def config(self, base: str) -> dict[str, Any]:
+        """What config.json says. base: folder or hub name of the model that the heads belong to.
+
+        It has no `architectures`, by which TGI would take the folder for a whole model.
         """
-        filesystem, path = fsspec.core.url_to_fs(str(folder))
-        filesystem.makedirs(path, exist_ok=True)
-        # Cloned since stacked weights are views of one storage, which safetensors refuses.
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
-        filesystem.pipe_file(f"{path}/{WEIGHTS}", save(tensors, metadata={"format": "pt"}))
-        config = {
+        return {
             "medusa_num_heads": self.num_heads,
             "medusa_num_layers": self.num_layers,
             "base_model_name_or_path": base,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
         }
-        filesystem.pipe_file(f"{path}/config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def save(self, folder: str | Path, base: str) -> None:
+        """Writes weights and config.json, as TGI reads them wherever it can hold the heads.
+
+        The base's shared output layer is not among them.
+        """
+        filesystem, path = fsspec.core.url_to_fs(str(folder))
+        filesystem.makedirs(path, exist_ok=True)
+        name, other = (WEIGHTS, EXTENDED_WEIGHTS) if self.fits_tgi else (EXTENDED_WEIGHTS, WEIGHTS)
+        files.write(f"{folder}/{name}", self.state_dict())
+        if filesystem.exists(f"{path}/{other}"):  # of heads that were here before
+            filesystem.rm(f"{path}/{other}")
+        filesystem.pipe_file(f"{path}/config.json", (json.dumps(self.config(base), indent=2) + "\n").encode())
 
     @classmethod
     def load(
-        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
     ) -> "MedusaHeads":
-        """Heads from a folder or URI in TGI's layout.
+        """Heads from a folder or URI in our layout, which is TGI's where that can hold them.
 
         Heads, layers, rank and layout are counted from the tensors: published configs are known to be wrong. Only the
-        base's vocabulary can be missing there. Raises ValueError when the file is missing, cut short, or does not hold
-        finite weights of heads of one shape.
+        base's vocabulary can be missing there. dtype: as stored when None. Raises ValueError when the file is missing,
+        cut short, or does not hold finite weights of heads of one shape.
         """
-        where = f"{folder}/{WEIGHTS}"
+        where, tensors = _read(str(folder))
         try:
-            tensors = load(_read(where))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{where} does not exist. Give a folder that `medusa-ray train` wrote."
-            ) from error
-        except SafetensorError as error:
-            raise ValueError(
-                f"{where} is no whole safetensors file: {error}. Copy or train it again."
-            ) from error
+            config = files.read_json(f"{folder}/config.json")
+        except FileNotFoundError:
+            config = {}
+        vocab_size = config.get("vocab_size")
+        heads = cls.of(tensors, vocab_size if type(vocab_size) is int else None, where).to(device, dtype)
+        if (said := config.get("medusa_num_heads", heads.num_heads)) != heads.num_heads:
+            log.warning(
+                "%s/config.json says %s heads, but the tensors are %d: taken as %d.",
+                folder,
+                said,
+                heads.num_heads,
+                heads.num_heads,
+            )
+        files.check_finite(heads.state_dict(), where)
+        return heads
+
+    @classmethod
+    def of(
+        cls, tensors: dict[str, Tensor], vocab_size: int | None = None, where: str = "the heads"
+    ) -> "MedusaHeads":
+        """Heads of these very tensors, by our names.
+
+        vocab_size: the base's, where the tensors do not show it. where: they come from, for messages. Raises ValueError
+        when they are not heads of one shape.
+        """
         with torch.device("meta"):  # so that a weight which the file lacks can never stay random
-            heads = cls(**_shape_of(tensors, str(folder)))
+            heads = cls(**_shape_of(tensors, vocab_size, where))
         expected = {name: list(tensor.shape) for name, tensor in heads.state_dict().items()}
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
@@ -222,14 +259,6 @@ class MedusaHeads(nn.ModuleList):
                 f"{expected.get(wrong[0], 'no such tensor')} was expected: these are not heads of one shape."
             )
         heads.load_state_dict(tensors, assign=True)
-        heads = heads.to(device, dtype)
-        for name, tensor in heads.state_dict().items():
-            low, high = tensor.aminmax()  # both are NaN when any number is
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(
-                    f"{where}: {name} goes from {low.item()} to {high.item()} as {dtype}, but heads are made of finite "
-                    "numbers. Train them again."
-                )
         return heads
 
 
@@ -328,19 +357,16 @@ def _stack(weights: list[Tensor]) -> Tensor:
     return stacked
 
 
-def _read(where: str) -> bytes:
-    """A file, unless what it says of its own header's length shows that it is no safetensors file of heads."""
-    filesystem, path = fsspec.core.url_to_fs(where)
-    limit = min(filesystem.size(path) - 8, MAX_HEADER)
-    with filesystem.open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > limit:
-            raise ValueError(
-                f"{where} is no whole safetensors file of heads: it says that its header has {length:,} bytes, but "
-                f"there can be {max(limit, 0):,} at most. Copy or train it again."
-            )
-        file.seek(0)
-        return file.read()
+def _read(folder: str) -> tuple[str, dict[str, Tensor]]:
+    """The file that holds the heads, and its tensors."""
+    for name in (WEIGHTS, EXTENDED_WEIGHTS):
+        try:
+            return f"{folder}/{name}", files.read(f"{folder}/{name}")
+        except FileNotFoundError:
+            continue
+    raise ValueError(
+        f"{folder}/{WEIGHTS} does not exist. Give a folder that `medusa-ray train` or `medusa-ray import` wrote."
+    )
 
 
 def _check_token_map(token_map_M: Tensor, vocab_size: int) -> None:
@@ -359,12 +385,12 @@ def _check_token_map(token_map_M: Tensor, vocab_size: int) -> None:
         )
 
 
-def _shape_of(tensors: dict[str, Tensor], folder: str) -> dict[str, Any]:
-    """Arguments of MedusaHeads that fit the tensors of a file; config.json is asked only for what is not in them."""
+def _shape_of(tensors: dict[str, Tensor], vocab_size: int | None, where: str) -> dict[str, Any]:
+    """Arguments of MedusaHeads that fit the tensors."""
     if "0.0.linear.weight" not in tensors:
         raise ValueError(
-            f"{folder}/{WEIGHTS} has no matrix 0.0.linear.weight, but {sorted(tensors)[:4]}: these are not "
-            "heads in TGI's layout."
+            f"{where} has no matrix 0.0.linear.weight, but {sorted(tensors)[:4]}: these are not heads in our layout. "
+            "`medusa-ray import` reads others."
         )
     token_map_M = tensors.get("token_map_M")
     weights = {name: tensor for name, tensor in tensors.items() if name != "token_map_M"}
@@ -372,7 +398,7 @@ def _shape_of(tensors: dict[str, Tensor], folder: str) -> dict[str, Any]:
         num_dimensions = 1 if name.endswith(".bias") else 2
         if not tensor.is_floating_point() or tensor.dim() != num_dimensions or not tensor.numel():
             raise ValueError(
-                f"{folder}/{WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, but floating-point numbers in "
+                f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, but floating-point numbers in "
                 f"{num_dimensions} dimension(s) were expected."
             )
     num_layers = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in weights)
@@ -391,11 +417,9 @@ def _shape_of(tensors: dict[str, Tensor], folder: str) -> dict[str, Any]:
         shape |= {"layout": "shared"}
     if token_map_M is None and "vocab_size" in shape:
         return shape
-    try:
-        with fsspec.open(f"{folder}/config.json", "r", encoding="utf-8") as file:
-            return {**shape, "vocab_size": int(json.load(file)["vocab_size"])}
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+    if vocab_size is None:
         raise ValueError(
-            f"{folder}/config.json gives no vocab_size ({error!r}), which heads without output layers, or with a "
-            "token map, need. Write the base's vocab_size into it."
-        ) from error
+            f"{where} does not show how many tokens the base has, and config.json gives no vocab_size, which heads "
+            "without output layers, or with a token map, need. Write the base's vocab_size into it."
+        )
+    return shape | {"vocab_size": vocab_size}
