@@ -5,13 +5,14 @@ disk beyond the YAML itself, an environment variable, torch or ray, so `medusa-r
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -66,22 +67,103 @@ class DataConfig(Strict):
     )
 
 
+class ServerConfig(Strict):
+    """An OpenAI server that is already running, asked for replies."""
+
+    url: str = Field(description="Base URL without /v1, for example http://127.0.0.1:8000.")
+    model: str = Field(description="What requests send as `model`: the name of model.base there.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key; the key itself stands in no file."
+    )
+    concurrency: int = Field(64, gt=0, description="Requests in flight, at most.")
+    timeout_s: float = Field(600, gt=0, description="Seconds without a byte before a request is tried again.")
+    retries: int = Field(
+        10,
+        ge=0,
+        description="Further tries after 429, 5xx, a timeout or a cut connection, each after a longer wait (60 s at "
+        "most) or what Retry-After says.",
+    )
+
+
 class DistillConfig(Strict):
     """Self-distillation: what the base itself answers to the training prompts."""
 
     replies: Literal["generate", "given"] = Field(
         "generate", description="generate: the base's own replies; given: the chats' replies as they are."
     )
-    num_actors: int = Field(1, gt=0, description="Engine actors of Ray Data.")
+    engine: Literal["own", "http"] = Field(
+        "own", description="own: engines in actors of Ray Data; http: the server that distill.server names."
+    )
+    server: ServerConfig | None = Field(None, description="For engine `http`.")
+    num_actors: int | str = Field(
+        1,
+        description="Engine actors of Ray Data: a number, of which as many start as fit; auto, as many as fit; or "
+        "MIN-MAX, between which Ray adds and ends actors, and nodes where the cluster grows.",
+    )
+    gpus_per_actor: float = Field(
+        1, gt=0, le=1, description="Share of a GPU that one actor takes; nothing to actors on CPUs."
+    )
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
+    rows_per_part: int | None = Field(
+        None,
+        gt=0,
+        description="Replies in one file, which is what a killed actor does again; null: 512, or fewer where that "
+        "would make fewer than 64 files. Captured states are large: 512 replies of 200 tokens of Llama-3-8B take "
+        "0.8 GiB.",
+    )
     max_new_tokens: int = Field(
         512, gt=0, description="Longest reply, in tokens; data.over_long says what of a given one that is longer."
     )
+    samples: int = Field(1, gt=0, description="Replies to each prompt, each with a seed of its own.")
     temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution."
     )
     seed: int = Field(0, ge=0, description="Each row draws from this seed and its own id.")
+
+    @field_validator("num_actors")
+    @classmethod
+    def _actors_are_a_number_or_a_range(cls, num_actors: int | str) -> int | str:
+        least, most = actor_range(num_actors)
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"distill.num_actors is {num_actors!r}; expected a whole number from 1, auto, or MIN-MAX such as 2-8."
+            )
+        return num_actors
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "DistillConfig":
+        if self.samples > 1 and (self.temperature == 0 or self.replies == "given"):
+            what = "distill.replies is 'given'" if self.replies == "given" else "distill.temperature is 0"
+            raise ValueError(
+                f"distill.samples is {self.samples}, but {what}: all replies to a prompt would be the same. Set "
+                "distill.samples to 1, or distill.temperature above 0 with distill.replies: generate."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_is_named_where_one_is_asked(self) -> "DistillConfig":
+        if (self.server is not None) != (self.engine == "http"):
+            was = "is not set" if self.server is None else "is set"
+            raise ValueError(
+                f"distill.engine is {self.engine!r}, but distill.server {was}. Give both, distill.engine: http and "
+                "distill.server with url and model, or neither."
+            )
+        if self.engine == "http" and self.replies == "given":
+            raise ValueError(
+                "distill.engine is 'http', but distill.replies is 'given': nothing is asked of a server. Leave one out."
+            )
+        return self
+
+
+def actor_range(num_actors: int | str) -> tuple[int, float]:
+    """Least and most actors that `num_actors` allows; 0 and 0 when it is none of n, auto and MIN-MAX."""
+    if num_actors == "auto":
+        return 1, math.inf
+    least, _, most = str(num_actors).partition("-")
+    if not least.isdecimal() or not (most or least).isdecimal():
+        return 0, 0
+    return int(least), int(most or least)
 
 
 class HiddenConfig(Strict):
@@ -281,6 +363,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "hidden.mode is 'capture', but distill.replies is 'given': nothing is generated, so nothing "
                 "can be captured. Set hidden.mode to 'compute'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replies_over_http_need_a_pass_of_the_base(self) -> "RunConfig":
+        if self.distill.engine == "http" and self.hidden.mode == "capture":
+            raise ValueError(
+                "hidden.mode is 'capture', but distill.engine is 'http': a server sends tokens, not the states that "
+                "produced them. Set hidden.mode to 'compute' or 'stream'."
             )
         return self
 

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -21,7 +22,7 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from medusa_ray.config import ModelConfig, UserError
+from medusa_ray.config import ModelConfig, UserError, actor_range
 
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
@@ -43,6 +44,16 @@ def device_of(model: ModelConfig) -> str:
     if model.device == "cuda" and not has_gpu:
         raise UserError("model.device is 'cuda', but no node of Ray has a GPU. Set it to 'auto' or 'cpu'.")
     return "cuda" if has_gpu and model.device != "cpu" else "cpu"
+
+
+def node() -> str:
+    """The node that this process runs on; one without a name outside Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
+def nodes() -> set[str]:
+    """All that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]} if ray.is_initialized() else {""}
 
 
 class Room(NamedTuple):
@@ -76,18 +87,38 @@ def resource_of(device: str) -> str:
     return "GPU" if device == "cuda" else "CPU"
 
 
-def actors(num_actors: int, num_shards: int, device: str, share: float = 1) -> dict[str, Any]:
+def actors(
+    num_actors: int | str,
+    num_shards: int,
+    device: str,
+    share: float = 1,
+    at_a_time: int = 1,
+    retries: int = 3,
+) -> dict[str, Any]:
     """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
 
-    share: of a GPU, for each.
+    num_actors: as distill.num_actors. share: of a GPU, for each. at_a_time: shards, in threads of one actor. retries:
+    of a shard whose actors die.
     """
-    fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource_of(device), 1)))
+    least, most = actor_range(num_actors)
+    there = int(ray.cluster_resources().get(resource_of(device), 1))
+    fitting = there * math.floor(1 / share + 1e-9)  # no actor has parts of two GPUs
+    if isinstance(num_actors, str) and num_actors != "auto":
+        # The cluster may grow with what is asked of it, so that what is there now is no limit.
+        size = {"min_size": max(1, min(least, num_shards)), "max_size": max(1, int(min(most, num_shards)))}
+    else:
+        size = {"size": max(1, int(min(most, num_shards, fitting)))}
     return {
-        "compute": ray.data.ActorPoolStrategy(size=max(fitting, 1), max_tasks_in_flight_per_actor=2),
+        "compute": ray.data.ActorPoolStrategy(
+            **size,
+            max_tasks_in_flight_per_actor=at_a_time + 1,
+            max_concurrent_calls_per_actor=at_a_time,
+            enable_true_multi_threading=at_a_time > 1,
+        ),
         "num_cpus": 1,
         "num_gpus": share if device == "cuda" else 0,
-        # Ray's default is to try for ever; a shard that ends four processes is at fault itself.
-        "max_task_retries": 3,
+        # Ray's default is to try for ever; a shard that ends so many processes is at fault itself.
+        "max_task_retries": retries,
     }
 
 
@@ -113,14 +144,45 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
         return
     function = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
     results = _mapped(refs, function, make_worker, sys.stderr.isatty(), **resources)
-    start_s = logged_s = time.monotonic()
-    for number, row in enumerate(results.iter_rows(), 1):
+    progress = _Progress(stage, len(refs))
+    for row in results.iter_rows():
         if row["mistake"] is not None:
             raise UserError(row["mistake"])
-        if time.monotonic() - logged_s > LOG_INTERVAL_S or number == len(refs):
-            logged_s = time.monotonic()
-            LOG.info("stage=%s shards=%d of=%d seconds=%.1f", stage, number, len(refs), logged_s - start_s)
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        progress.log(result)
+        yield result
+
+
+class _Progress:
+    """A line for LOG_INTERVAL_S of results: how far, how fast, how much longer."""
+
+    def __init__(self, stage: str, num_shards: int) -> None:
+        self.stage, self.num_shards = stage, num_shards
+        self.start_s = self.logged_s = time.monotonic()
+        self.number = self.num_rows = self.num_errors = 0
+        self.first: tuple[float, int] | None = None  # when it came, and its rows: workers were loaded by then
+
+    def log(self, result: dict[str, Any]) -> None:
+        self.number += 1
+        counts = result.get("rows")
+        if isinstance(counts, dict):
+            self.num_rows += counts["in"]
+            self.num_errors += counts["in"] - counts["good"]
+        now_s = time.monotonic()
+        if self.first is None:
+            self.first = now_s, self.num_rows
+        if now_s - self.logged_s <= LOG_INTERVAL_S and self.number < self.num_shards:
+            return
+        self.logged_s = now_s
+        fields = f"shards={self.number} of={self.num_shards} seconds={now_s - self.start_s:.1f}"
+        since_s, num_since = now_s - self.first[0], self.number - 1
+        if num_since:
+            fields += f" eta_s={since_s / num_since * (self.num_shards - self.number):.0f}"
+        if self.num_rows:
+            fields += f" rows={self.num_rows} errors={self.num_errors}"
+            if since_s:
+                fields += f" rows_per_s={(self.num_rows - self.first[1]) / since_s:.1f}"
+        LOG.info("stage=%s %s", self.stage, fields)
 
 
 def tables(
@@ -181,13 +243,15 @@ class _TableProcess:
 
 
 _worker: dict[str, Any] = {}  # by run, since Ray keeps processes for later pipelines
+_making = threading.Lock()
 
 
 def _worker_of(make_worker: Any, run_id: str) -> Any:
-    if run_id not in _worker:
-        _worker.clear()
-        _worker[run_id] = make_worker()
-    return _worker[run_id]
+    with _making:  # the other threads of an actor wait for the one worker of all
+        if run_id not in _worker:
+            _worker.clear()
+            _worker[run_id] = make_worker()
+        return _worker[run_id]
 
 
 def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:

@@ -32,6 +32,11 @@ def test_a_pool_is_no_larger_than_the_cluster_the_wish_or_the_work(cluster_of: C
     assert shards.actors(9, 10, "cpu")["compute"].max_size == 4
     assert shards.actors(9, 10, "cuda")["compute"].max_size == 2
     assert shards.actors(9, 1, "cpu")["compute"].max_size == 1
+    assert shards.actors("auto", 10, "cpu")["compute"].max_size == 4
+    assert shards.actors("auto", 10, "cuda", 0.4)["compute"].max_size == 4  # no actor has parts of two GPUs
+    grows = shards.actors("3-9", 10, "cuda", 0.5, at_a_time=2)
+    assert (grows["compute"].min_size, grows["compute"].max_size, grows["num_gpus"]) == (3, 9, 0.5)
+    assert shards.actors("3-9", 2, "cpu")["compute"].max_size == 2
     assert shards.tasks(13, 6)["compute"].size == 3
     assert shards.tasks(1000, 6)["compute"].size == 4
 

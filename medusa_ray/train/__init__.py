@@ -146,7 +146,7 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
     ours = {**settings, **bound, **inputs}
     if checkpoints.names(training) and exists(f"{training}/{RUN}"):
         found = provenance.read_json(f"{training}/{RUN}")
-        apart = [f"{key} was {old}, and is {new}" for key, old, new in differences(found["of"], ours)]
+        apart = [f"{key} was {old}, and is {new}" for key, old, new in provenance.differences(found["of"], ours)]
         if apart and not found["is_over"]:
             raise UserError(
                 f"{training} holds a run that is not over, and it is another: {'; '.join(apart)}. Set these back to go "
@@ -158,16 +158,6 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
     remove(training)
     provenance.write_json(f"{training}/{RUN}", {"of": ours, "is_over": False})
     return False
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys with their two values."""
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from differences(was, now, f"{prefix}{key}.")
-        elif was != now:
-            yield f"{prefix}{key}", was, now
 
 
 def finish(training: str) -> None:
