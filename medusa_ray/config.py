@@ -331,6 +331,17 @@ class EvaluateConfig(Strict):
     max_new_tokens: int = Field(128, gt=0, description="Longest reply while evaluating, in tokens.")
 
 
+class CardConfig(Strict):
+    """What the model card, heads/README.md, says that no stage can find out. What is null, it says is not stated."""
+
+    base_model: str | None = Field(
+        None, description="Hub name of the base that the heads belong to, where that is a folder here."
+    )
+    license: str | None = Field(None, description="Licence of the heads, by the hub's name for it, e.g. apache-2.0.")
+    data_license: str | None = Field(None, description="Licence of the training chats.")
+    description: str | None = Field(None, description="What the heads are for: Markdown at the top of the card.")
+
+
 class RunConfig(Strict):
     """One run: from chats to evaluated heads."""
 
@@ -344,6 +355,7 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     joint: JointConfig | None = Field(None, description="Medusa-2; null leaves the base as it is.")
     evaluate: EvaluateConfig = EvaluateConfig()
+    card: CardConfig = CardConfig()
 
     @model_validator(mode="after")
     def _given_replies_need_a_pass_of_the_base(self) -> "RunConfig":
@@ -562,6 +574,7 @@ LEGACY_FLAGS = {
     "evaluation_strategy": "train.eval_steps",
     "warmup_ratio": "train.warmup_steps",
     "lazy_preprocess": "hidden.mode",
+    "optim": "train.optimizer",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "lr_scheduler_type": "train.lr_scheduler",

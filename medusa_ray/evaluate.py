@@ -22,14 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ray import provenance
+from medusa_ray import card, provenance
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
 from medusa_ray.medusa import reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import HeadStack, MedusaHeads
-from medusa_ray.medusa.ranks import NUM_RANKS, ranks_in, tokens_per_step, top_accuracy
+from medusa_ray.medusa.ranks import (
+    NUM_RANKS,
+    accepted_per_position,
+    ranks_in,
+    tokens_per_step,
+    top_accuracy,
+)
 from medusa_ray.medusa.reference import own_attention
 from medusa_ray.medusa.replies import Completion
 from medusa_ray.medusa.tree import Tree
@@ -44,8 +50,8 @@ NEAR_TIE = 1e-4  # Two best scores nearer than this may come out either way.
 def run(config: RunConfig) -> str:
     """Measures the run's heads on its held-out prompts, in a Ray task on a machine like those that serve.
 
-    Writes tree.json and accuracy.json into heads/, and evaluation/. Raises UserError when there is nothing to
-    measure on.
+    Writes tree.json, accuracy.json and the model card into heads/, and evaluation/. Raises UserError when there is
+    nothing to measure on.
     """
     folder = config.artifact("evaluation")
     plain = {"model": config.model.model_dump(), "evaluate": config.evaluate.model_dump()}
@@ -57,6 +63,7 @@ def run(config: RunConfig) -> str:
         task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=1)(measure)
         facts = ray.get(task.remote(config, device))
         provenance.write(folder, plain, inputs, **facts)
+    card.write(config.artifact("heads"), config.card.model_dump())
     return folder
 
 
@@ -95,10 +102,17 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
         "chain": tokens_per_step(scoring, chain),
         f"calibrated_{settings.tree_nodes}": tokens_per_step(scoring, tree),
     }
+    per_position = {"chain": accepted_per_position(scoring, chain)}
     if strangers := _prompts(config, "out_of_domain"):
         away = [ranks_of(stack, reply) for reply in answer(strangers, baseline, capture=True)]
         acceptance["out_of_domain_chain"] = tokens_per_step(away, chain)
-    accuracy = {"heads": top_accuracy(torch.cat(scoring)), "acceptance": acceptance}
+        per_position["out_of_domain_chain"] = accepted_per_position(away, chain)
+    accuracy = {
+        "heads": top_accuracy(torch.cat(scoring)),
+        "acceptance": acceptance,
+        "accepted_per_position": per_position,
+        "prompts": {"scored": len(scoring), "out_of_domain": len(strangers)},
+    }
     log.info("stage=evaluate %s", " ".join(f"{name}={value:.3f}" for name, value in acceptance.items()))
 
     medusa = _engine(config, backbone, heads, tree)

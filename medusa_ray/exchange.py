@@ -1,7 +1,7 @@
 """heads/ -> folders that other servers and trainers load, and back."""
 
 import io
-import json
+import os
 from typing import Any
 
 import fsspec
@@ -16,18 +16,26 @@ from medusa_ray.medusa.layouts import Format
 
 # medusa.base needs transformers, which takes half a second: it is imported where a base is read.
 
-BESIDE = ("tree.json", "accuracy.json")  # artifacts of heads that go with them
+BESIDE = ("tree.json", "accuracy.json", "README.md")  # what goes with heads, byte by byte
 HEADS_OF_MODEL = "model-medusa-heads.safetensors"  # the file of a whole model that has its heads
 BASE_OF_MODEL = "model-base.safetensors"  # and that of its base, where one file holds it
 MODELOPT_STATE = "modelopt_state.pth"  # ModelOpt looks for no other name
 
 
-def export(heads: str, out: str, layout: Format, base: str | None = None, materialise: bool = False) -> str:
+def export(
+    heads: str,
+    out: str,
+    layout: Format,
+    base: str | None = None,
+    materialise: bool = False,
+    with_base: bool = False,
+) -> str:
     """Writes heads as another project loads them into a new folder, bit for bit; returns that folder.
 
-    heads, out: folders or URIs; for modelopt, which wants a whole model, out is a local one. base: what takes the place
-    of the folder or hub name that the heads were trained on, such as where the server finds it. Raises UserError for
-    heads that cannot be read, or that the format cannot hold.
+    heads, out: folders or URIs; where the base is written too, which modelopt always wants, out is a local one. base:
+    what takes the place of the folder or hub name that the heads were trained on, such as where the server finds it.
+    with_base: the base goes to base/, an adapter merged into it, for servers that know no adapters. Raises UserError
+    for heads that cannot be read, or that the format cannot hold.
     """
     _check_new(out)
     try:
@@ -40,12 +48,13 @@ def export(heads: str, out: str, layout: Format, base: str | None = None, materi
         fitted = layouts.fitted(whole, layout, output_VC, materialise)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{heads} cannot be exported to {layout}: {error}") from error
-    config = layouts.config_of(fitted, layout, base)
     named = layouts.names_of(fitted, layout)
     if layout == "modelopt":
-        _write_model(out, base, named, config, layouts.modelopt_state(fitted))
+        folder = _save_base(base, out)
+        _add_heads(folder, named, layouts.config_of(fitted, layout, base), layouts.modelopt_state(fitted))
     else:
-        _write_heads(out, layout, named, config)
+        served = _save_base(base, f"{out}/base") if with_base else base
+        _write_heads(out, layout, named, layouts.config_of(fitted, layout, served))
     _copy_beside(heads, out)
     inputs = {"heads": provenance.digest(heads)}
     provenance.write(out, {"format": layout, "base": base, "materialise": materialise}, inputs)
@@ -111,10 +120,8 @@ def _write_heads(out: str, layout: Format, named: dict[str, Tensor], config: dic
     provenance.write_json(f"{out}/config.json", config)
 
 
-def _write_model(
-    out: str, base: str, named: dict[str, Tensor], config: dict[str, Any], state: dict[str, Any]
-) -> None:
-    """The base, an adapter's merged, its tokenizer, and the heads among its weights."""
+def _save_base(base: str, out: str) -> str:
+    """The base, an adapter's merged, and its tokenizer; returns the folder as every process here finds it."""
     from transformers import AutoTokenizer
 
     from medusa_ray.medusa.base import load, under_adapter
@@ -131,28 +138,33 @@ def _write_model(
         raise UserError(f"the base {base} cannot be read: {error}. Give another with --base.") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _add_heads(folder: str, named: dict[str, Tensor], config: dict[str, Any], state: dict[str, Any]) -> None:
+    """Puts heads among the weights of a saved model, whose own files stay as they are."""
     try:
-        index = provenance.read_json(f"{out}/{layouts.MODEL_INDEX}")
+        index = provenance.read_json(f"{folder}/{layouts.MODEL_INDEX}")
     except FileNotFoundError:
         # Under its usual name transformers would take it for the whole model and ask no index.
-        filesystem.mv(f"{folder}/{layouts.MODEL_WEIGHTS}", f"{folder}/{BASE_OF_MODEL}")
-        names = tensors.specs(f"{out}/{BASE_OF_MODEL}")
+        os.rename(f"{folder}/{layouts.MODEL_WEIGHTS}", f"{folder}/{BASE_OF_MODEL}")
+        names = tensors.specs(f"{folder}/{BASE_OF_MODEL}")
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, BASE_OF_MODEL)}
-    tensors.write(f"{out}/{HEADS_OF_MODEL}", named)
+    tensors.write(f"{folder}/{HEADS_OF_MODEL}", named)
     index["weight_map"] |= dict.fromkeys(named, HEADS_OF_MODEL)
     index["metadata"]["total_size"] = sum(
         spec.num_bytes
         for file in set(index["weight_map"].values())
-        for spec in tensors.specs(f"{out}/{file}").values()
+        for spec in tensors.specs(f"{folder}/{file}").values()
     )
-    provenance.write_json(f"{out}/{layouts.MODEL_INDEX}", index)
-    provenance.write_json(f"{out}/config.json", provenance.read_json(f"{out}/config.json") | config)
+    provenance.write_json(f"{folder}/{layouts.MODEL_INDEX}", index)
+    provenance.write_json(f"{folder}/config.json", provenance.read_json(f"{folder}/config.json") | config)
     torch.save(state, f"{folder}/{MODELOPT_STATE}")
 
 
 def _copy_beside(source: str, out: str) -> None:
+    there, path = fsspec.core.url_to_fs(source)
+    here, out_path = fsspec.core.url_to_fs(out)
     for name in BESIDE:
-        try:
-            provenance.write_json(f"{out}/{name}", tensors.read_json(f"{source}/{name}"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
+        if there.isfile(f"{path}/{name}") and there.size(f"{path}/{name}") <= tensors.MAX_JSON:
+            here.pipe_file(f"{out_path}/{name}", there.cat_file(f"{path}/{name}"))

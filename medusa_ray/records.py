@@ -92,9 +92,14 @@ REQUESTS = pa.schema(
 # tokens. Its positions are tokens that pass through the base. What came before it is in warm_heads/training.jsonl.
 # heads/tree.json, best nodes first, so that a prefix of the paths is itself the best smaller tree:
 #   {"paths": [[0], [0, 0], ...], "nodes": n, "calibrated_on": num_prompts}
-# heads/accuracy.json, held-out; acceptance in tokens per step:
+# heads/accuracy.json, of held-out prompts that did not shape the tree; acceptance in tokens per step,
+# accepted_per_position the share of steps that accepted guess k, from 0:
 #   {"heads": {"top1": [...], "top5": [...]},
-#    "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x}}
+#    "acceptance": {"chain": x, "calibrated_N": x, "out_of_domain_chain": x},
+#    "accepted_per_position": {"chain": [...], "out_of_domain_chain": [...]},
+#    "prompts": {"scored": n, "out_of_domain": n}}
+# heads/card.json, what the run's config says for the model card and no stage can know: see config.CardConfig.
+# heads/README.md, the model card: from all of these, see card.py.
 # evaluation/evaluation.json; near_ties are excused differences, engine is null when nothing was timed:
 #   {"prompts": n, "quality": {"exact_match": x}, "hardware": {}, "model": {"dtype": x, "num_parameters": n},
 #    "parity": {"prompts": n, "token_exact": n, "near_ties": n},

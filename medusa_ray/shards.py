@@ -57,7 +57,7 @@ def nodes() -> set[str]:
 
 
 class Room(NamedTuple):
-    """Of a GPU, or of a CPU where there is none: what a trainer takes, and each of the actors that stream to it."""
+    """What a trainer takes of a GPU, and what each of the actors does that stream to it."""
 
     trainer: float
     actor: float
@@ -65,14 +65,19 @@ class Room(NamedTuple):
 
 
 def room(num_trainers: int, num_actors: int, device: str) -> Room:
-    """Whole ones where the cluster has two for each trainer; else each trainer shares its own with its only actor.
+    """Whole ones where the cluster has two for each trainer; else each trainer shares its GPU with its only actor.
 
-    num_actors: wanted in all; each trainer has one at least.
+    num_actors: wanted in all; each trainer has one at least. Raises UserError when there are too few CPUs.
     """
     there = int(ray.cluster_resources().get(resource_of(device), 0))
     others = there // num_trainers - 1
     if others >= 1:
         return Room(1, 1, min(others, max(1, num_actors // num_trainers)))
+    if device == "cpu":  # not shared, as Ray Data begins with tasks that take a whole one
+        raise UserError(
+            f"hidden.mode is 'stream', which takes two CPUs for each of train.num_workers={num_trainers}, but the "
+            f"cluster has {there}. Lower train.num_workers, set hidden.mode to 'compute', or add nodes."
+        )
     # Over a half and under: two trainers never meet on one GPU, which NCCL refuses.
     return Room(0.6, 0.4, 1)
 
@@ -92,8 +97,8 @@ def actors(
 ) -> dict[str, Any]:
     """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
 
-    num_actors: as distill.num_actors. share: of a GPU, or of a CPU where there is none, for each. at_a_time: shards,
-    in threads of one actor. retries: of a shard whose actors die.
+    num_actors: as distill.num_actors. share: of a GPU, for each. at_a_time: shards, in threads of one actor. retries:
+    of a shard whose actors die.
     """
     least, most = actor_range(num_actors)
     there = int(ray.cluster_resources().get(resource_of(device), 1))
@@ -110,7 +115,7 @@ def actors(
             max_concurrent_calls_per_actor=at_a_time,
             enable_true_multi_threading=at_a_time > 1,
         ),
-        "num_cpus": 1 if device == "cuda" else share,
+        "num_cpus": 1,
         "num_gpus": share if device == "cuda" else 0,
         # Ray's default is to try for ever; a shard that ends so many processes is at fault itself.
         "max_task_retries": retries,
@@ -216,7 +221,7 @@ def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bo
         return dataset.map_batches(
             function,
             fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-            batch_size=None,
+            batch_size=1,  # of a block, which has one row; where there are GPUs Ray takes no None
             batch_format="pyarrow",
             **resources,
         )

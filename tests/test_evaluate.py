@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from medusa_ray.evaluate import (
+    accepted_per_position,
     check_parity,
     compare_speed,
     is_near_tie,
@@ -51,6 +52,10 @@ def test_tokens_per_step_counts_what_the_tree_would_have_accepted():
     assert tokens_per_step([rank_TH], tree) == pytest.approx(7 / 2)
     assert tokens_per_step([rank_TH, rank_TH], Tree()) == 1.0
     assert tokens_per_step([], Tree()) == 0.0
+    # Of the chain's three steps two accept its first guess, one the others; of the tree's two, both and then one.
+    assert accepted_per_position([rank_TH], Tree.chain(3)) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert accepted_per_position([rank_TH], tree) == pytest.approx([1, 1, 1 / 2])
+    assert accepted_per_position([], Tree.chain(2)) == [0.0, 0.0]
 
 
 def test_simulated_and_served_acceleration_agree(tiny_base):
@@ -71,6 +76,8 @@ def test_simulated_and_served_acceleration_agree(tiny_base):
     served = Engine(backbone, heads, tree, max_total_tokens=128).generate(prompts, 60)
     steps, tokens = sum(d.num_steps for d in served), sum(len(d.token_ids) - 1 for d in served)
     assert tokens_per_step(ranks, tree) == pytest.approx(tokens / steps, abs=1e-6)
+    accepted = [sum(sum(d.accepted_histogram[k:]) for d in served) / steps for k in range(1, tree.depth + 1)]
+    assert accepted_per_position(ranks, tree) == pytest.approx(accepted)
     assert tokens / steps > 1.0
 
 

@@ -76,6 +76,7 @@ def saved_heads(
         torch.nn.init.normal_(parameter)
     heads.save(folder, str(base))
     (folder / "tree.json").write_text('{"paths": [[0]]}')
+    (folder / "README.md").write_text("# Heads\n")
     return folder
 
 
@@ -302,6 +303,24 @@ def test_an_export_says_where_it_comes_from_and_overwrites_nothing(tiny_base: Pa
         exchange.export(str(heads), str(tmp_path / "out"), "tgi")
 
 
+def test_an_adapter_is_merged_for_servers_that_know_none(tiny_base: Path, tmp_path: Path) -> None:
+    """Heads of joint training belong to an adapter, which TGI would take for no model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = str(tiny_base)
+    adapter.save_pretrained(tmp_path / "adapter")
+    heads = saved_heads(tmp_path / "heads", tmp_path / "adapter", "shared")
+    exchange.export(str(heads), str(tmp_path / "out"), "tgi", with_base=True)
+    served = json.loads((tmp_path / "out/config.json").read_text())["base_model_name_or_path"]
+    found = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32)
+    ids = torch.arange(6, 30)[None]
+    torch.testing.assert_close(found(ids).logits, adapter.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (Path(served) / "tokenizer.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ import
 
 
@@ -337,8 +356,8 @@ def test_there_and_back_is_the_same_to_the_bit(
     assert notes == []
     (file,) = heads.glob("*.safetensors")
     assert (Path(again) / file.name).read_bytes() == file.read_bytes()
-    for name in ("config.json", "tree.json"):
-        assert json.loads((Path(again) / name).read_text()) == json.loads((heads / name).read_text())
+    for name in ("config.json", "tree.json", "README.md"):
+        assert (Path(again) / name).read_text() == (heads / name).read_text()
 
 
 def test_materialised_heads_come_back_as_heads_of_their_own(tiny_base: Path, tmp_path: Path) -> None:

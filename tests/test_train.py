@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
@@ -609,7 +609,7 @@ def test_moments_in_8_bits_learn_alike_take_a_quarter_and_go_on_to_the_bit(
         expected, losses = ([record["loss"] for record in curve_of(config)] for config in (adamw, whole))
         assert len(losses) == 38
         assert expected[-1] < 0.5 * expected[0]
-        print(losses, expected, max(abs(a - b) for a, b in zip(losses, expected, strict=True)))
+        # Both fall from 32 to 0.4, never more than 0.2 apart.
         assert losses == pytest.approx(expected, abs=0.01 * expected[0])
         assert losses[10:] != expected[10:]
 
@@ -854,9 +854,7 @@ def test_other_layouts_learn_with_sharded_weights(tmp_path: Path, monkeypatch: p
 
     trained, top1, head_loss = judged(shared)
     assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "shared/heads" / WEIGHTS).values()} == {
-        torch.bfloat16
-    }
+    assert MedusaHeads.load(shared.artifact("heads"), dtype=None).dtype == torch.bfloat16
     assert min(top1) > 0.9
     assert curve_of(shared)[-1]["head_loss"] == pytest.approx(head_loss, abs=0.2)
 

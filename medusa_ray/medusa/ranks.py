@@ -35,15 +35,29 @@ def tokens_per_step(ranks: Sequence[Tensor], tree: Tree) -> float:
 
     It is exact: what a step accepts depends on the ranks at its root alone.
     """
+    steps = sum(steps_by_accepted(ranks, tree))
+    return sum(len(rank_TH) for rank_TH in ranks) / steps if steps else 0.0
+
+
+def accepted_per_position(ranks: Sequence[Tensor], tree: Tree) -> list[float]:
+    """Share of steps in which guess k, from 0, was accepted: 1 and these shares add up to `tokens_per_step`."""
+    steps = steps_by_accepted(ranks, tree)
+    return [sum(steps[k:]) / sum(steps) if sum(steps) else 0.0 for k in range(1, len(steps))]
+
+
+def steps_by_accepted(ranks: Sequence[Tensor], tree: Tree) -> list[int]:
+    """[j]: steps that commit j + 1 tokens, so j guesses, up to the tree's depth.
+
+    One of the guesses takes the place of the base's own token where that is the reply's last, as the engine counts it.
+    """
     paths = set(tree.paths)
-    tokens = steps = 0
+    steps = [0] * (tree.depth + 1)
     for rank_TH in ranks:
         rows, root = rank_TH.tolist(), 0
         while root < len(rows):
             depth = 0
             while depth < tree.depth and tuple(rows[root][: depth + 1]) in paths:
                 depth += 1
+            steps[min(depth, len(rows) - root - 1)] += 1
             root += depth + 1
-            steps += 1
-        tokens += len(rows)
-    return tokens / steps if steps else 0.0
+    return steps

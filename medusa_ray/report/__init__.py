@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
-from medusa_ray import provenance, records
+from medusa_ray import card, provenance, records
 from medusa_ray.config import UserError
 from medusa_ray.report.summary import Inputs, summarise
 from medusa_ray.report.text import caption, caveats, table
@@ -33,6 +33,7 @@ REQUESTS = "bench/requests.parquet"
 def run(folder: str) -> dict[str, Any]:
     """Writes `folder`/report from what `folder` holds of heads, evaluation and bench; returns report.json.
 
+    The heads' model card gets the figures, too.
     A report whose inputs have not changed is returned as it is. Raises UserError when there is no input.
     """
     folder = folder.rstrip("/")
@@ -55,6 +56,8 @@ def run(folder: str) -> dict[str, Any]:
     provenance.write_json(f"{output}/report.json", report)
     with fsspec.open(f"{output}/report.html", "w", encoding="utf-8") as file:
         file.write(page.render(report, inputs))
+    if card.weights_in(f"{folder}/heads"):  # figures alone make a report, but no card
+        card.write(f"{folder}/heads")
     provenance.write(output, settings, present)
     return report
 

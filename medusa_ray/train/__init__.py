@@ -222,7 +222,7 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
         scaling_config=api.ScalingConfig(
             num_workers=num_workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, "GPU": share} if on_gpu else {"CPU": share},
+            resources_per_worker={"CPU": 1, "GPU": share} if on_gpu else {"CPU": 1},
         ),
         run_config=api.RunConfig(
             name="ray",
