@@ -108,6 +108,14 @@ class Chat:
         """Ids of bare text, with the special tokens that the tokenizer adds by itself."""
         return list(self.tokenizer(text)["input_ids"])
 
+    def completion_ids(self, text: str, completion: str, text_ids: Sequence[int]) -> list[int]:
+        """Ids of what follows the bare text, end of sequence included, where a tokenizer has one."""
+        whole = self.text_ids(text + completion)
+        if whole[: len(text_ids)] != list(text_ids):  # a token across the border, or a special one at the end
+            whole = [*text_ids, *self.tokenizer(completion, add_special_tokens=False)["input_ids"]]
+        ids, end = whole[len(text_ids) :], self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] in self.eos_ids) else [*ids, end]
+
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a reply, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
