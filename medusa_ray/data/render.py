@@ -17,12 +17,12 @@ from medusa_ray.data.choose import KEEP, Plan
 from medusa_ray.data.reading import rows
 
 if TYPE_CHECKING:
-    from medusa_ray.chat import Chat, Message
+    from medusa_ray.chat import Chat
 
 CHATS_PER_PART = 1024
 TOO_LONG = "too long"  # begins the error of such a row
 
-Messages = list["Message"]
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -180,50 +180,44 @@ def add(counts: dict[str, Any], more: dict[str, Any]) -> None:
         counts[name] = counts.get(name) or more[name]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One thing to be answered: messages, or bare text."""
+
+    number: int  # within its chat
+    messages: Messages | None  # all that comes before the answer
+    text: str
+    reference: str | None  # the chat's own answer
+
+
+def turns_of(chat: Any, loss_on: str) -> list[Turn]:
+    """The turns of a good chat that are answered: each assistant's, and what is left unanswered at the end."""
+    if isinstance(chat, dict):
+        return [Turn(0, None, chat["prompt"], chat["completion"])]
+    if isinstance(chat, str):
+        return [Turn(0, None, chat, None)]
+    messages = [{"role": message["role"], "content": message["content"]} for message in chat]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [Turn(number, messages[:i], "", messages[i]["content"]) for number, i in enumerate(answers)]
+    if messages[-1]["role"] in ("user", "tool"):
+        turns.append(Turn(len(turns), messages, "", None))
+    # Where all tokens are labels, the last turn holds the others.
+    return turns if loss_on == "assistant" else turns[-1:]
+
+
 def prompt_rows(
     chat: "Chat", chat_id: str, text: str, error: str | None, data: DataConfig
 ) -> list[dict[str, Any]]:
     """Rows of PROMPTS for one chat: one for each turn to be answered, or a single one with an error."""
-    turns: list[tuple[Messages | None, str | None]] = []
-    content = json.loads(text)
-    if error is None and isinstance(content, dict):
-        turns, content = [(None, content["completion"])], content["prompt"]
-    elif error is None and isinstance(content, str):
-        turns = [(None, None)]
-    elif error is None:
-        messages = [{"role": message["role"], "content": message["content"]} for message in content]
-        turns = _turns(messages)
-        error = None if turns else "no turn: there is no message of a user's to answer"
-    if error is not None:
+    turns = turns_of(json.loads(text), data.loss_on) if error is None else []
+    if not turns:
+        error = error or "no turn: there is no message of a user's to answer"
         return [_row(f"{chat_id}/0", None, error=error)]
-    # Where all tokens are labels, the last turn holds the others.
-    numbered = list(enumerate(turns))[0 if data.loss_on == "assistant" else -1 :]
-    return [
-        _render(chat, f"{chat_id}/{turn}", messages, content, reference, data.max_prompt_tokens)
-        for turn, (messages, reference) in numbered
-    ]
+    return [_render(chat, f"{chat_id}/{turn.number}", turn, data.max_prompt_tokens) for turn in turns]
 
 
-def _turns(messages: Messages) -> list[tuple[Messages | None, str | None]]:
-    """What comes before each assistant turn, with that turn; what is left unanswered at the end has none."""
-    turns: list[tuple[Messages | None, str | None]] = [
-        (messages[:i], message["content"])
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    if messages[-1]["role"] in ("user", "tool"):
-        turns.append((messages, None))
-    return turns
-
-
-def _render(
-    chat: "Chat",
-    row_id: str,
-    messages: Messages | None,
-    text: str,
-    reference: str | None,
-    max_prompt_tokens: int,
-) -> dict[str, Any]:
+def _render(chat: "Chat", row_id: str, turn: Turn, max_prompt_tokens: int) -> dict[str, Any]:
+    messages, text, reference = turn.messages, turn.text, turn.reference
     try:
         prompt_ids = chat.text_ids(text) if messages is None else chat.prompt_ids(messages)
     except ValueError as error:

@@ -102,7 +102,12 @@ def _files(config: SourceConfig, split: str, field: str, or_none: bool) -> list[
     uri, split = config.uri, split if or_none else config.split or split
     try:
         if hub := re.fullmatch(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)((?:/.*)?)", uri):
-            return _hub_files(config, hub[1], hub[2], split, field, or_none)
+            try:
+                return _hub_files(config, hub[1], hub[2], split, field, or_none)
+            except UserError:
+                raise
+            except Exception as error:  # the hub's client lets errors of its HTTP library through
+                raise OSError(f"{type(error).__name__}: {error}") from error
         filesystem, path = fsspec.core.url_to_fs(uri)
         if filesystem.isfile(path):
             return [] if or_none else [filesystem.unstrip_protocol(path)]
