@@ -61,6 +61,10 @@ class Chat:
         """
         return self._render(messages, add_generation_prompt=True)
 
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that `prompt_ids` are of, for whoever sends prompts as text. Raises ValueError as it does."""
+        return str(self._apply(messages, add_generation_prompt=True, tokenize=False))
+
     def reply_ids(
         self, messages: Sequence[Message], reply: str, prompt_ids: Sequence[int] | None = None
     ) -> list[int]:
@@ -124,15 +128,15 @@ class Chat:
         return Detokenizer(self.tokenizer)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        return list(self._apply(messages, add_generation_prompt=add_generation_prompt, return_dict=False))
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-            )
+            return self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # templates raise jinja2 errors of their own choosing
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}"
             ) from error
-        return list(rendered)
 
 
 class Detokenizer:

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from transformers import AutoTokenizer
 
 from medusa_ray import data, parts, provenance
 from medusa_ray.config import DataConfig, RunConfig, UserError
-from medusa_ray.data import choose, filters, render, scan
+from medusa_ray.data import choose, export, filters, render, scan
 from medusa_ray.data.reading import cut, rows, whole_files
 
 QUESTIONS = [f"question {i}, and what came of it?" for i in range(40)]
@@ -510,6 +511,35 @@ def test_parts_that_are_there_are_not_rendered_again(
     assert again
     assert record
     assert (again["splits"], again["sources"]) == (record["splits"], record["sources"])
+
+
+@pytest.mark.ray
+def test_exported_prompts_are_the_text_of_their_tokens(
+    ray_cluster: None, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The original's text field lacked the generation prompt, so that load generators asked something else."""
+    (tmp_path / "a.jsonl").write_bytes(
+        lines([*ROWS[:12], {"messages": []}, {"id": "bare", "text": "once upon"}])
+    )
+    paths = {"train": str(tmp_path / "a.jsonl"), "test": str(tmp_path / "a.jsonl")}
+    config = run_config(tmp_path, tiny_base, **paths)
+    with pytest.raises(UserError, match="Run the data stage first"):
+        export.run(config)
+    data.run(config)
+    assert export.run(config) == {"train": 13, "test": 13}
+    written = [json.loads(line) for line in (tmp_path / "out" / "export" / "train.jsonl").open()]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    good = {row["id"]: row for row in prompts(config) if not row["error"]}
+    assert [row["id"] for row in written] == list(good)
+    for row in written:
+        assert (
+            tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] == good[row["id"]]["prompt_ids"]
+        )
+        assert row["messages"] == good[row["id"]]["messages"]
+    assert written[0]["prompt"].endswith("<|assistant|>")
+    assert export.run(config, "test", str(tmp_path / "elsewhere")) == {"test": 13}
+    with pytest.raises(UserError, match=r"has no split 'tset', but \['train', 'test'\]"):
+        export.run(config, "tset")
 
 
 def test_input_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> None:

@@ -272,7 +272,8 @@ def samples(run: RunConfig, base: Base | None) -> dict[str, Sample]:
         return {}  # where the hub does not answer, asking it again takes half a minute
     tokenizer = _file(run.model.base, "tokenizer.json", run.model.revision) if base else None
     try:
-        sources = find_sources(run.data)["train"]
+        only = run.data.model_copy(update={"test": run.data.train, "out_of_domain": None})
+        sources = find_sources(only)["train"]
         found = {source.name: take(source, run, counter(tokenizer)) for source in sources}
     except UserError:  # the data stage tells what is wrong; a plan is made of what is known
         return {}
