@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from transformers import AutoTokenizer
 
 from medusa_ray import data, parts, provenance
@@ -208,7 +208,7 @@ class Hub(MemoryFileSystem):
 def test_a_data_set_of_the_hub_is_found_at_its_revision_or_as_the_hubs_parquet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)
+    monkeypatch.setitem(_registry, "hf", Hub)
     hub = Hub()
     for path in (
         "datasets/me/chats/data/train.jsonl",
