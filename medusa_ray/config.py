@@ -723,5 +723,8 @@ def _dotted(kind: type[Strict], prefix: str = "") -> list[str]:
     paths = []
     for name, field in kind.model_fields.items():
         inner = _model_of(field.annotation)
-        paths += _dotted(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        if inner is not field.annotation:  # a value, or something that holds sections
+            paths.append(f"{prefix}{name}")
+        if inner:
+            paths += _dotted(inner, f"{prefix}{name}.")
     return paths
