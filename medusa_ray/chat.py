@@ -120,6 +120,11 @@ class Chat:
         ids, end = whole[len(text_ids) :], self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] in self.eos_ids) else [*ids, end]
 
+    def continuation_ids(self, text: str, is_whole: bool) -> list[int]:
+        """Ids of generated text, the end-of-sequence token behind it where the text is whole."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*ids, self.tokenizer.eos_token_id] if is_whole else ids
+
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a reply, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

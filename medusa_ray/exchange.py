@@ -1,7 +1,6 @@
 """heads/ -> folders that other servers and trainers load, and back."""
 
 import io
-import json
 import os
 from typing import Any
 
@@ -17,7 +16,7 @@ from medusa_ray.medusa.layouts import Format
 
 # medusa.base needs transformers, which takes half a second: it is imported where a base is read.
 
-BESIDE = ("tree.json", "accuracy.json")  # artifacts of heads that go with them
+BESIDE = ("tree.json", "accuracy.json", "README.md")  # what goes with heads, byte by byte
 HEADS_OF_MODEL = "model-medusa-heads.safetensors"  # the file of a whole model that has its heads
 BASE_OF_MODEL = "model-base.safetensors"  # and that of its base, where one file holds it
 MODELOPT_STATE = "modelopt_state.pth"  # ModelOpt looks for no other name
@@ -164,8 +163,8 @@ def _add_heads(folder: str, named: dict[str, Tensor], config: dict[str, Any], st
 
 
 def _copy_beside(source: str, out: str) -> None:
+    there, path = fsspec.core.url_to_fs(source)
+    here, out_path = fsspec.core.url_to_fs(out)
     for name in BESIDE:
-        try:
-            provenance.write_json(f"{out}/{name}", tensors.read_json(f"{source}/{name}"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
+        if there.isfile(f"{path}/{name}") and there.size(f"{path}/{name}") <= tensors.MAX_JSON:
+            here.pipe_file(f"{out_path}/{name}", there.cat_file(f"{path}/{name}"))

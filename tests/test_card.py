@@ -48,6 +48,9 @@ def finished(
     rows = {"in": 1700, "good": 1600, "errors": {"long": 100}}
     provenance.write(f"{run}/distilled", {"distill": distill}, inputs, rows=rows, num_reply_tokens=50_447)
     inputs = {"distilled": provenance.digest(f"{run}/distilled")}
+    provenance.write(f"{run}/hidden", {}, inputs)
+    if not joint:
+        inputs = {"hidden": provenance.digest(f"{run}/hidden")}
     config = {"revision": "abc123", "train": TRAIN, "joint": joint}
     provenance.write(str(folder), config, inputs, num_steps=573)
     provenance.write(f"{run}/evaluation", {}, {"heads": provenance.digest(str(folder))})
@@ -143,6 +146,12 @@ def test_figures_of_other_heads_are_not_taken(heads: Path) -> None:
     assert "**Speed was not measured.**" in text
     assert "was not checked for these heads" in text
     assert "Replies: not on record" in text
+    # Nor once the new replies have their states, which the heads have not seen yet.
+    provenance.write(
+        f"{heads.parent}/hidden", {}, {"distilled": provenance.digest(f"{heads.parent}/distilled")}
+    )
+    card.write(str(heads))
+    assert "Replies: not on record" in read(heads)[1]
 
 
 def test_nothing_of_the_machine_that_trained_them_is_told(tmp_path: Path) -> None:

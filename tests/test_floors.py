@@ -44,8 +44,17 @@ LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"peft", "tokenizers", "transformers"},
-    STAGES: {"deepspeed", "fastapi", "prometheus_client", "ray", "starlette", "tensorboard"},
-    DOOR: {"huggingface_hub", "rich", "typer"},
+    STAGES: {
+        "bitsandbytes",
+        "deepspeed",
+        "fastapi",
+        "huggingface_hub",
+        "prometheus_client",
+        "ray",
+        "starlette",
+        "tensorboard",
+    },
+    DOOR: {"rich", "typer"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

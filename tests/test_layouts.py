@@ -76,6 +76,7 @@ def saved_heads(
         torch.nn.init.normal_(parameter)
     heads.save(folder, str(base))
     (folder / "tree.json").write_text('{"paths": [[0]]}')
+    (folder / "README.md").write_text("# Heads\n")
     return folder
 
 
@@ -355,8 +356,8 @@ def test_there_and_back_is_the_same_to_the_bit(
     assert notes == []
     (file,) = heads.glob("*.safetensors")
     assert (Path(again) / file.name).read_bytes() == file.read_bytes()
-    for name in ("config.json", "tree.json"):
-        assert json.loads((Path(again) / name).read_text()) == json.loads((heads / name).read_text())
+    for name in ("config.json", "tree.json", "README.md"):
+        assert (Path(again) / name).read_text() == (heads / name).read_text()
 
 
 def test_materialised_heads_come_back_as_heads_of_their_own(tiny_base: Path, tmp_path: Path) -> None:

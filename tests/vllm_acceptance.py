@@ -3,9 +3,9 @@
     python tests/vllm_acceptance.py --vllm VENV --run medusa-demo
 
 VENV is a virtual environment that has vLLM, and --run a run's folder with heads/ and prompts/test. The heads are
-exported with their biases, and once more with all of them zero: vLLM drops biases in silence that `medusa_fc_bias` does
-not announce, and had it dropped ours, it would accept the same of both. Each prompt is sent alone, greedy, in float32,
-as token ids; a reply ends where the base's generation config says.
+exported as they are, and once more with LOUD times their biases: vLLM drops biases in silence that `medusa_fc_bias`
+does not announce, trained ones are too small for that to show, and had it dropped these, it would accept as before.
+Each prompt is sent alone, greedy, in float32, as token ids; a reply ends where the base's generation config says.
 
 Acceptance of a position is the share of steps that committed a guess there. Both verify the first guesses in the step
 after the prefill's, and neither verifies any after the last token. They differ in the step in which a reply ends:
@@ -13,7 +13,8 @@ vLLM's counters (`vllm:spec_decode_*`, read from /metrics before and after) take
 long as the base agrees with them, though no reply has them; and where the last token is itself a guess, the engine
 counts it as the one token that each step brings anyway. So vLLM's figures are given twice: as it counts, and as we do,
 for which it tells each reply's steps one by one (`--per-request-spec-decode-metrics detailed`) and the last of them is
-cut to the tokens that came.
+cut to the tokens that came. What is left between the two are near ties of guesses: the engine's heads guess in bfloat16
+where the processor multiplies that, vLLM's in float32.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from medusa_ray.medusa.heads import MedusaHeads
 
 MAX_NEW_TOKENS, MAX_TOTAL_TOKENS = 128, 1024
 START_S = 900.0
+LOUD = 30
 WITHIN = 0.01  # of each position's acceptance, between vLLM and the engine
 COUNTERS = ("num_drafts", "num_accepted_tokens_per_pos")
 
@@ -68,20 +70,19 @@ def main() -> None:
     base = provenance.read_json(f"{given.run}/heads/config.json")["base_model_name_or_path"]
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("as trained", "biases zero"):
+        for name, times in (("as trained", 1), (f"biases times {LOUD}", LOUD)):
             heads = MedusaHeads.load(given.run / "heads")
-            if name == "biases zero":
-                for head in range(heads.num_heads):
-                    for layer in range(heads.num_layers):
-                        heads.block(head, layer).linear.bias.data.zero_()
+            for parameter, tensor in heads.state_dict().items():
+                if parameter.endswith(".bias"):
+                    tensor *= times
             ours, theirs = f"{folder}/{name}", f"{folder}/{name}, for vLLM"
             heads.save(ours, base)
             exchange.export(ours, theirs, "vllm")
-            found[name] = compare(prompts, base, ours, theirs, heads.num_heads, given)
-    apart = max(abs(a - b) for a, b in zip(found["as trained"], found["biases zero"], strict=True))
-    print(f"\nvLLM's acceptance with biases and without is at most {apart:.3f} apart")
-    if not apart > WITHIN:
-        sys.exit("biases change nothing: vLLM has not loaded them")
+            found[times] = compare(prompts, base, ours, theirs, heads.num_heads, given)
+    apart = max(abs(a - b) for a, b in zip(found[1], found[LOUD], strict=True))
+    print(f"\nloud biases change vLLM's acceptance of a position by up to {apart:.3f}")
+    if apart < 10 * WITHIN:
+        sys.exit("biases hardly change what vLLM accepts: it has not loaded them")
 
 
 def compare(
@@ -110,8 +111,7 @@ def compare(
     ]
     same_tokens = sum(a.token_ids == b.token_ids for a, b in zip(done, replies, strict=True))
     same_steps = sum(
-        a.accepted_histogram == histogram(as_the_engine_counts(b), num_heads)
-        for a, b in zip(done, replies, strict=True)
+        a.accepted_histogram == histogram(as_the_engine_counts(b)) for a, b in zip(done, replies, strict=True)
     )
     tokens = sum(len(reply.token_ids) for reply in replies)
     print(f"\n{Path(ours).name}: n = {len(prompts)} prompts, {tokens} tokens")
@@ -145,8 +145,8 @@ def as_the_engine_counts(reply: Reply) -> list[int]:
     return [*whole, left - 1]
 
 
-def histogram(accepted: list[int], num_heads: int) -> list[int]:
-    return [accepted.count(j) for j in range(num_heads + 1)]
+def histogram(accepted: list[int]) -> list[int]:
+    return [accepted.count(j) for j in range(max(accepted, default=-1) + 1)]
 
 
 # ------------------------------------------------------------------------------------------------------- vLLM

@@ -5,6 +5,7 @@ Stages are imported when their verb runs: `--help` answers at once, `validate` n
 
 import importlib
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -261,6 +262,68 @@ def profile(
             grid.add_row(*row)
         console.print(grid)
     print(f"mode {found['mode']}, {threads} thread(s), {dtype}")
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of heads.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repo of the hub.", show_default=False)],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Send it; without, only say what would be sent.")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repo is for all to see.")] = False,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Made from main where it lacks.")] = "main",
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Medusa heads",
+) -> None:
+    """Show what of a folder of heads would go to the hub; with --yes, send it as one commit. Private unless said."""
+    from huggingface_hub import HfApi
+    from rich.table import Table
+
+    from medusa_ray import hub as stage
+
+    api = HfApi()
+    planned = stage.plan(folder, repo, revision, public=public, must_see=yes, api=api)
+    grid = Table("file", "bytes", "on the hub")
+    for file in planned.files:
+        grid.add_row(file.name, f"{file.size:,}", planned.state(file))
+    Console().print(grid)
+    print(f"repo        {repo}")
+    print(f"revision    {revision}")
+    print(f"visibility  {planned.visibility()}")
+    if planned.left_out:
+        print(f"left out    {', '.join(planned.left_out)}")
+    for note in planned.notes:
+        print(f"note        {note}")
+    stage.check(planned)
+    if yes:
+        commit = stage.push(planned, message, api)
+        print(f"sent as {repo}@{commit}" if commit else "nothing to send: the hub has all of it")
+    else:
+        options = ["--yes", *(["--public"] if public else [])]
+        options += ["--revision", revision] if revision != "main" else []
+        options += ["--message", message] if message != "Medusa heads" else []
+        print(f"nothing was sent. This does: {shlex.join(['medusa-ray', 'push', folder, repo, *options])}")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repo of the hub.", show_default=False)],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="New, empty, or as an earlier pull left it.", show_default=False
+        ),
+    ],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+) -> None:
+    """Put the heads of a repo of the hub into a folder, verified and whole."""
+    from huggingface_hub import HfApi
+
+    from medusa_ray import hub as stage
+
+    done = stage.pull(repo, folder, revision, api=HfApi())
+    size = f"{len(done.sizes)} files, {sum(done.sizes.values()):,} bytes"
+    print(f"{folder}: {size} of {repo}@{done.commit}{'' if done.is_news else ', as it was'}")
 
 
 @app.command()

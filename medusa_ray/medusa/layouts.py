@@ -272,16 +272,13 @@ def _tensors_in_model(folder: str, is_indexed: bool) -> tuple[str, dict[str, Ten
             f"{folder} has tensors {sorted(file_of)[:3]}..., but no heads: neither {firsts[0]} nor {firsts[1]}, with "
             f"or without {PREFIXES[0]} or {PREFIXES[1]}."
         )
+    wanted = [name for name in file_of if name.startswith(prefix)]
     found: dict[str, Tensor] = {}
-    for file in sorted({file for name, file in file_of.items() if name.startswith(prefix)}):
-        names = [name for name in file_of if file_of[name] == file and name.startswith(prefix)]
-        read = files.read(f"{folder}/{file}", names)
+    for file in sorted({file_of[name] for name in wanted}):
+        read = files.read(f"{folder}/{file}", [name for name in wanted if file_of[name] == file])
         found |= {name.removeprefix(prefix): tensor for name, tensor in read.items()}
-    return (
-        f"{folder}/{MODEL_INDEX if is_indexed else MODEL_WEIGHTS}",
-        found,
-        prefix != "" and not _is_vllm(found),
-    )
+    where = f"{folder}/{MODEL_INDEX if is_indexed else MODEL_WEIGHTS}"
+    return where, found, len(wanted) < len(file_of)
 
 
 def _is_vllm(tensors: dict[str, Tensor]) -> bool:
