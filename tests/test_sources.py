@@ -18,6 +18,7 @@ from fsspec.registry import _registry
 from transformers import AutoTokenizer
 
 from medusa_ray import data, parts, provenance
+from medusa_ray.cli import sample
 from medusa_ray.config import DataConfig, RunConfig, UserError
 from medusa_ray.data import choose, export, filters, render, scan
 from medusa_ray.data.reading import cut, rows, whole_files
@@ -150,6 +151,40 @@ def test_row_numbers_count_from_the_files_start_in_every_piece(
     (tmp_path / "c.jsonl").write_bytes(text + lines([{"id": "c3", "messages": CHATS[0]}]))
     with pytest.raises(UserError, match=r"c\.jsonl row 81 has the id 'c3', and so has another chat"):
         read(tmp_path / "c.jsonl")
+
+
+BAD_BYTES: dict[str, tuple[bytes, str]] = {
+    "a.jsonl": (lines([*ROWS, {"id": "bad", "messages": chat_of("BAD!")}]), "bad"),
+    "a.json": (json.dumps([*ROWS, {"id": "bad", "messages": chat_of("BAD!")}]).encode(), "bad"),
+    "a.parquet": (parquet([*ROWS, {"id": "bad", "messages": chat_of("BAD!")}]), "bad"),
+    "a.csv": (table([{"id": i, "text": i} for i in ("a", "b")]) + b"bad,BAD!\n", "bad"),
+    "a.txt": (b"a\nb\nBAD!\n", ""),
+    "ids.jsonl": (lines([*ROWS, {"id": "BAD!", "messages": chat_of("x")}]), ""),
+    "ids.csv": (table([{"id": i, "text": i} for i in ("a", "b")]) + b"BAD!,text\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BYTES)
+def test_bytes_that_are_not_utf8_are_a_fault_of_their_row_alone(name: str, tmp_path: Path) -> None:
+    """Nor do they cost the row its id, unless they are in it."""
+    content, row_id = BAD_BYTES[name]
+    (tmp_path / name).write_bytes(content.replace(b"BAD!", b"\xff\xfe(\xc3"))
+    *good, bad = read(tmp_path / name)
+    assert good
+    assert not [chat for chat in good if chat.error]
+    assert bad.error
+    assert bad.error.startswith("not UTF-8")
+    assert bad.id == row_id or (not row_id and len(bad.id) == 16)
+
+
+def test_a_csv_row_of_another_shape_is_a_fault_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\na,one\nb,two,three\n\nc\nd,four\n")
+    assert [(chat.number, chat.error) for chat in read(tmp_path / "a.csv")] == [
+        (1, None),
+        (2, "wrong shape: 3 cells under 2 names"),
+        (4, "wrong shape: 1 cells under 2 names"),
+        (5, None),
+    ]
 
 
 # -------------------------------------------------------------------------------------------- where chats are
@@ -389,6 +424,43 @@ def test_filters_that_leave_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
     config = DataConfig(train=str(tmp_path / "a.jsonl"), filters={"min_characters": 10**6})
     assert left_out(config) == (set(), {"filtered: too few characters": 40})
+
+
+# -------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(
+    "name", ["lines", "lines, packed", "list", "parquet", "csv with newlines in cells", "sharegpt"]
+)
+def test_a_sample_of_a_small_source_counts_it(name: str, tmp_path: Path) -> None:
+    """The oracle renders by hand: four tokens around each message, a quarter of a token for each character."""
+    file_name, content, _ = FILES[name]
+    (tmp_path / file_name).write_bytes(content)
+    config = run_config(tmp_path, tmp_path, train=str(tmp_path / file_name))
+    (source,) = data.find_sources(config.data)["train"]
+    found = sample.take(source, config, sample.counter(None))
+    assert found
+    if name.startswith("csv"):
+        assert not found.is_counted
+        return
+    assert (found.is_counted, found.num_chats, found.num_rows) == (True, 40, 40)
+    assert found.prompt_tokens == pytest.approx(sum(8 - (-len(question) // 4) for question in QUESTIONS))
+    assert found.mean_reply == pytest.approx(sum(1 - (-len(chat[1]["content"]) // 4) for chat in CHATS) / 40)
+
+
+def test_a_large_source_is_judged_by_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "COUNTED_BYTES", 10_000)
+    monkeypatch.setattr(sample, "HEAD_BYTES", 500_000)
+    many = lines([{"id": f"r{i:05}", "text": f"text {i:05}"} for i in range(90_000)])
+    for name, content, tolerance in (("a.jsonl", many, 0.01), ("a.jsonl.gz", gzip.compress(many, 1), 0.5)):
+        (tmp_path / name).write_bytes(content)
+        config = run_config(tmp_path, tmp_path, train=[{"uri": str(tmp_path / name), "weight": 0.5}])
+        (source,) = data.find_sources(config.data)["train"]
+        found = sample.take(source, config, sample.counter(None))
+        assert found
+        assert not found.is_counted
+        assert found.num_chats == pytest.approx(45_000, rel=tolerance)  # what is packed is read in blocks
+        assert found.mean_reply is None
 
 
 # -------------------------------------------------------------------------------------------- the stage
