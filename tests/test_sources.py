@@ -127,6 +127,17 @@ def test_wherever_a_file_is_cut_each_row_is_read_once(name: str, piece_bytes: in
     assert [row.id for row in found] == [row["id"] for row in ROWS]
 
 
+def test_a_line_that_ends_with_its_piece_belongs_to_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS[:5]))
+    wholes = whole_files(data.find_sources(DataConfig(train=str(tmp_path / "a.jsonl")))["train"])
+    ends = np.cumsum([len(lines([row])) for row in ROWS[:5]]).tolist()
+    for piece_bytes in range(min(ends) - 3, max(ends) + 3):
+        found = [[row.id for row in rows(piece) if row] for piece in cut(wholes, piece_bytes)]
+        assert [row_id for ids in found for row_id in ids] == [f"c{i}" for i in range(5)]
+        if piece_bytes in ends:
+            assert found[0] == [f"c{i}" for i in range(ends.index(piece_bytes) + 1)]
+
+
 def test_text_is_one_prompt_a_line_and_completions_are_references(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n  two \n")
     assert [(chat.number, json.loads(chat.text)) for chat in read(tmp_path / "a.txt")] == [
