@@ -61,6 +61,10 @@ class Chat:
         """
         return self._render(messages, add_generation_prompt=True)
 
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that `prompt_ids` are of, for whoever sends prompts as text. Raises ValueError as it does."""
+        return str(self._apply(messages, add_generation_prompt=True, tokenize=False))
+
     def reply_ids(
         self, messages: Sequence[Message], reply: str, prompt_ids: Sequence[int] | None = None
     ) -> list[int]:
@@ -108,6 +112,14 @@ class Chat:
         """Ids of bare text, with the special tokens that the tokenizer adds by itself."""
         return list(self.tokenizer(text)["input_ids"])
 
+    def completion_ids(self, text: str, completion: str, text_ids: Sequence[int]) -> list[int]:
+        """Ids of what follows the bare text, end of sequence included, where a tokenizer has one."""
+        whole = self.text_ids(text + completion)
+        if whole[: len(text_ids)] != list(text_ids):  # a token across the border, or a special one at the end
+            whole = [*text_ids, *self.tokenizer(completion, add_special_tokens=False)["input_ids"]]
+        ids, end = whole[len(text_ids) :], self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] in self.eos_ids) else [*ids, end]
+
     def continuation_ids(self, text: str, is_whole: bool) -> list[int]:
         """Ids of generated text, the end-of-sequence token behind it where the text is whole."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -121,15 +133,15 @@ class Chat:
         return Detokenizer(self.tokenizer)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        return list(self._apply(messages, add_generation_prompt=add_generation_prompt, return_dict=False))
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-            )
+            return self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # templates raise jinja2 errors of their own choosing
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}"
             ) from error
-        return list(rendered)
 
 
 class Detokenizer:

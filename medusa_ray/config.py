@@ -6,13 +6,22 @@ disk beyond the YAML itself, an environment variable, torch or ray, so `medusa-r
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -43,14 +52,124 @@ class ModelConfig(Strict):
     )
 
 
-class DataConfig(Strict):
-    """Where chats come from. Each split is a URI: file, folder, `s3://`, `hf://`, anything fsspec opens."""
+# As the Unicode names of their letters begin.
+Script = Literal[
+    "arabic", "armenian", "bengali", "cjk", "cyrillic", "devanagari", "ethiopic", "georgian", "greek", "gujarati",
+    "gurmukhi", "hangul", "hebrew", "hiragana", "kannada", "katakana", "khmer", "lao", "latin", "malayalam", "myanmar",
+    "sinhala", "tamil", "telugu", "thai", "tibetan",
+]  # fmt: skip
 
-    train: str = Field(description="Training chats; a folder means its train.* file.")
-    test: str | None = Field(
-        None, description="Held-out chats; null takes the folder's test.* or splits train."
+
+class ColumnsConfig(Strict):
+    """What a source's columns, or the keys of its rows, are called there."""
+
+    id: str | None = Field(None, description="Name of the chat; without one its content names it.")
+    messages: str | None = Field(None, description="List of role and content.")
+    conversations: str | None = Field(None, description="List of from and value, as ShareGPT has it.")
+    prompt: str | None = Field(None, description="Bare text to go on from, or a list of messages.")
+    completion: str | None = Field(
+        None, description="What the chat itself answers to its prompt, text or messages."
     )
-    out_of_domain: str | None = Field(None, description="Chats unlike the training ones, for contrast only.")
+    text: str | None = Field(None, description="Bare text to go on from.")
+
+
+class SourceConfig(Strict):
+    """One place that chats come from."""
+
+    uri: str = Field(
+        description="File, folder or glob: local, `s3://`, `gs://`, `https://`, or `hf://OWNER/NAME` for a data set of "
+        "the hub."
+    )
+    name: str | None = Field(
+        None, description="What counts and rows call it; null is the last part of its URI."
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Up to 1, the share of its chats that is kept, chosen by content; a whole number above that says "
+        "how often each is repeated.",
+    )
+    format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = Field(
+        "auto", description="auto goes by the file's name; text is one bare text a line."
+    )
+    columns: ColumnsConfig = ColumnsConfig()
+    split: str | None = Field(
+        None,
+        description="Which files of a folder or data set are meant; null: train of train, test of the others.",
+    )
+    config: str | None = Field(
+        None, description="Folder of them inside it: what the hub calls a config or subset."
+    )
+    revision: str | None = Field(
+        None, description="Hub revision of the data set; null is its default branch."
+    )
+
+    @model_validator(mode="after")
+    def _repeats_are_whole(self) -> "SourceConfig":
+        if self.weight > 1 and self.weight != int(self.weight):
+            raise ValueError(
+                f"the weight of {self.uri} is {self.weight}: up to 1 it is a share, above that a whole number of times."
+            )
+        return self
+
+
+def _as_sources(value: Any) -> Any:
+    """A URI, or a list in which some are URIs, as the list of sources that it stands for."""
+    values = [value] if isinstance(value, str | dict | SourceConfig) else value
+    if not isinstance(values, list | tuple):
+        return values
+    return [{"uri": each} if isinstance(each, str) else each for each in values]
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources)]
+
+
+class FilterConfig(Strict):
+    """Chats that are left out, and counted by reason. Their text is what all their messages say, a line each."""
+
+    min_characters: int | None = Field(None, gt=0, description="Shorter chats are left out.")
+    max_characters: int | None = Field(None, gt=0, description="Longer chats are left out.")
+    scripts: list[Script] = Field(
+        [], description="Scripts that its letters have to be of; an empty list allows all."
+    )
+    min_script_share: float = Field(0.9, gt=0, le=1, description="Share of the letters that have to be.")
+    keep_pattern: str | None = Field(
+        None, description="Regular expression; a chat without a match is left out."
+    )
+    drop_pattern: str | None = Field(None, description="Regular expression; a chat with a match is left out.")
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none",
+        description="Of chats that are equal, or nearly so (MinHash: about 85% of the runs of 8 bytes in common), the "
+        "first stays. near takes another 64 bytes of the driver's memory for each chat.",
+    )
+    decontaminate: bool = Field(
+        False,
+        description="Training chats are left out whose user says 13 words in a row that a user of test or "
+        "out_of_domain says too, or the same in fewer words.",
+    )
+
+    @field_validator("keep_pattern", "drop_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in data.filters is no regular expression: {error}.") from None
+        return pattern
+
+
+class DataConfig(Strict):
+    """Where chats come from. Each split is a URI (file, folder, glob, `s3://`, `hf://OWNER/NAME`, anything that fsspec
+    opens), or a list of URIs and of sources."""
+
+    train: Sources = Field(min_length=1, description="Training chats; a folder means its train.* files.")
+    test: Sources | None = Field(
+        None, min_length=1, description="Held-out chats; null takes the folder's test.* or splits train."
+    )
+    out_of_domain: Sources | None = Field(
+        None, min_length=1, description="Chats unlike the training ones, for contrast only."
+    )
+    filters: FilterConfig = FilterConfig()
     num_train: int | None = Field(None, gt=0, description="Rows kept of train; null keeps all.")
     num_test: int | None = Field(500, gt=0, description="Rows kept of test and of out_of_domain.")
     loss_on: Literal["last", "assistant", "all"] = Field(
@@ -724,5 +843,8 @@ def _dotted(kind: type[Strict], prefix: str = "") -> list[str]:
     paths = []
     for name, field in kind.model_fields.items():
         inner = _model_of(field.annotation)
-        paths += _dotted(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        if inner is not field.annotation:  # a value, or something that holds sections
+            paths.append(f"{prefix}{name}")
+        if inner:
+            paths += _dotted(inner, f"{prefix}{name}.")
     return paths

@@ -25,6 +25,7 @@ PROMPTS = pa.schema(
         ("prompt_ids", TOKENS),  # the rendered prompt, generation prompt included; empty on error
         ("reference", pa.string()),  # the chat's own answer, when it has one
         ("reference_ids", TOKENS),  # the same as token ids, its end-of-turn token included
+        ("source", pa.string()),  # which of the split's sources the chat came from
         ("error", pa.string()),  # null when good
     ]
 )

@@ -13,6 +13,7 @@ import pytest
 from medusa_ray import data, parts, provenance, records
 from medusa_ray.chat import Chat
 from medusa_ray.config import DataConfig, RunConfig, UserError
+from medusa_ray.data.chats import parse
 
 
 def chat_of(question: str, answer: str | None = "yes") -> list[dict[str, str]]:
@@ -23,6 +24,12 @@ def chat_of(question: str, answer: str | None = "yes") -> list[dict[str, str]]:
 def write_lines(path: Path, values: list[Any]) -> str:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return str(path)
+
+
+def read(file: Path | str, **options: Any) -> list[data.Kept]:
+    """All chats of a file that is train and test at once, so that nothing is held out."""
+    source = {"uri": str(file), **options}
+    return list(data.chats(DataConfig(train=[source], test=[source]), "train"))
 
 
 CHATS = [chat_of(f"question {i}") for i in range(12)]
@@ -55,8 +62,8 @@ def json_lines(values: list[Any]) -> bytes:
 def test_every_format_holds_the_same_chats(name: str, tmp_path: Path) -> None:
     file_name, write = FORMATS[name]
     write(tmp_path / file_name)
-    rows = list(data.read_chats([str(tmp_path / file_name)]))
-    assert [json.loads(row.chat) for row in rows] == CHATS
+    rows = read(tmp_path / file_name)
+    assert [json.loads(row.text) for row in rows] == CHATS
     assert [row.number for row in rows] == list(range(1, 13))
     assert not any(row.error for row in rows)
     assert len({row.id for row in rows}) == 12
@@ -64,8 +71,8 @@ def test_every_format_holds_the_same_chats(name: str, tmp_path: Path) -> None:
 
 def test_bare_text_comes_as_prompt_or_text(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"prompt": "one", "id": 7}, {"text": "two"}])
-    rows = list(data.read_chats([file]))
-    assert [json.loads(row.chat) for row in rows] == ["one", "two"]
+    rows = read(file)
+    assert [json.loads(row.text) for row in rows] == ["one", "two"]
     assert rows[0].id == "7"
 
 
@@ -76,8 +83,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "cut off": (json_lines(ROWS)[:-9], r"line 12 is not JSON"),
     "nested too deeply": (b"[" * 100_000, "line 1 is not JSON"),
     "another shape": (
-        json_lines([ROWS[0], {"conversations": []}]),
-        r"row 2 has no messages, but the keys \['conversations'\]. Expected",
+        json_lines([ROWS[0], {"dialogue": []}]),
+        r"row 2 has no messages, but the keys \['dialogue'\]. Expected",
     ),
     "numbers": (b"3\n", "row 1 has no messages, but a int"),
     "two chats of one id": (
@@ -92,22 +99,22 @@ def test_a_file_that_is_no_file_of_chats_is_refused_with_its_place(name: str, tm
     content, message = BAD_FILES[name]
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        list(data.read_chats([str(tmp_path / "a.jsonl")]))
+        read(tmp_path / "a.jsonl")
 
 
 def test_parquet_that_is_damaged_or_has_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
-        list(data.read_chats([str(tmp_path / "a.parquet")]))
+        read(tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", [{"question": "?"}])
     with pytest.raises(UserError, match=r"the columns \['question'\]"):
-        list(data.read_chats([str(tmp_path / "b.parquet")]))
+        read(tmp_path / "b.parquet")
 
 
 def test_the_same_chat_twice_gets_two_ids(tmp_path: Path) -> None:
     given_ids = [{"id": row_id, **ROWS[0]} for row_id in ("x", "x", "x#2")]
     rows = [*given_ids, ROWS[1], ROWS[1], ROWS[1]]
-    ids = [row.id for row in data.read_chats([write_lines(tmp_path / "a.jsonl", rows)])]
+    ids = [row.id for row in read(write_lines(tmp_path / "a.jsonl", rows))]
     assert len(set(ids)) == len(ids) == 6
     assert ids[:2] == ["x", "x#2"]
     assert ids[4:] == [f"{ids[3]}#2", f"{ids[3]}#3"]
@@ -116,7 +123,7 @@ def test_the_same_chat_twice_gets_two_ids(tmp_path: Path) -> None:
 def test_ids_depend_on_content_and_not_on_place_or_format(tmp_path: Path) -> None:
     first = write_lines(tmp_path / "a.jsonl", ROWS)
     second = write_lines(tmp_path / "b.jsonl", CHATS[::-1])
-    assert [row.id for row in data.read_chats([first])] == [row.id for row in data.read_chats([second])][::-1]
+    assert [row.id for row in read(first)] == [row.id for row in read(second)][::-1]
 
 
 # -------------------------------------------------------------------------------------------- where chats are
@@ -126,7 +133,8 @@ def test_a_folder_means_its_train_and_test_files(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.jsonl", "README.md"):
         (tmp_path / name).touch()
     sources = data.find_sources(DataConfig(train=str(tmp_path)))
-    assert {split: [Path(file).name for file in files] for split, files in sources.items()} == {
+    files = {split: [file for source in each for file in source.files] for split, each in sources.items()}
+    assert {split: [Path(file).name for file in each] for split, each in files.items()} == {
         "train": ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
         "test": ["test.jsonl"],
     }
@@ -153,10 +161,7 @@ def test_two_candidates_in_a_folder_are_not_guessed_between(tmp_path: Path) -> N
 
 def dealt(file: str, **options: Any) -> dict[str, list[str]]:
     config = DataConfig(train=file, **options)
-    dealt: dict[str, list[str]] = {}
-    for shard in data.plan(data.find_sources(config), config):
-        dealt.setdefault(shard["split"], []).extend(shard["id"])
-    return dealt
+    return {split: [chat.id for chat in data.chats(config, split)] for split in ("train", "test")}
 
 
 def test_without_a_test_file_a_tenth_is_held_out_whatever_the_order(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_limits_keep_the_first_rows_of_each_split(tmp_path: Path) -> None:
     train = write_lines(tmp_path / "train.jsonl", ROWS)
     test = write_lines(tmp_path / "test.jsonl", ROWS[::-1])
     sides = dealt(train, test=test, num_train=5, num_test=3)
-    ids = [row.id for row in data.read_chats([train])]
+    ids = [row.id for row in read(train)]
     assert sides == {"train": ids[:5], "test": ids[:-4:-1]}
 
 
@@ -210,7 +215,7 @@ def chat(tiny_base: Path) -> Chat:
 
 
 def prompts(chat: Chat, value: Any, **options: Any) -> list[dict[str, Any]]:
-    content, _, error = data._chat(value, "here")
+    content, _, error = parse(value, "here", 1)
     return data.prompt_rows(chat, "c", json.dumps(content), error, DataConfig(train="-", **options))
 
 

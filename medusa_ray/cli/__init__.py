@@ -118,6 +118,22 @@ def data(run_yaml: RunFile, overrides: Overrides = None) -> None:
     run_stages(("data",), run_yaml, overrides)
 
 
+@app.command("export-prompts", context_settings=LENIENT)
+def export_prompts(
+    run_yaml: RunFile,
+    overrides: Overrides = None,
+    split: Annotated[str | None, typer.Option(help="train, test or out_of_domain; all by default.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URI; the run's export/ by default.")] = None,
+) -> None:
+    """Prompt rows -> JSON lines of text and messages for load generators, the generation prompt included."""
+    from medusa_ray import config
+    from medusa_ray.data import export
+
+    run_config = config.load(config.RunConfig, run_yaml, overrides or ())
+    with step("export-prompts") as facts:
+        facts.update(export.run(run_config, split, out))
+
+
 @app.command(context_settings=LENIENT)
 def distill(run_yaml: RunFile, overrides: Overrides = None) -> None:
     """Prompts -> what the base itself answers, as token ids, with hidden states where asked."""

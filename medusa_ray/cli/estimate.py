@@ -4,17 +4,20 @@ Where prompts/ or distilled/ is finished its lengths are counted. Bounds assume 
 long as data.max_prompt_tokens and every reply as distill.max_new_tokens allows.
 """
 
+import functools
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from medusa_ray import parts, provenance, records
-from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig
+from medusa_ray.cli.sample import Sample, counter, take
+from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError
+from medusa_ray.data.sources import find_sources
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # A parameter in training: weight and gradient; and what ZeRO shards, bf16's fp32 weight and the moments.
@@ -78,11 +81,18 @@ class Amount:
 def estimate(run: RunConfig) -> list[tuple[str, str]]:
     """Names and values, in the order in which they are shown; what cannot be known says why."""
     train, base = run.train, read_base(run.model.base, run.model.revision)
-    num_rows = min(filter(None, (count_rows(run.data.train), run.data.num_train)), default=None)
+    found = samples(run, base)
+    num_chats = int(sum(sample.num_chats for sample in found.values())) or None
+    num_rows = min(filter(None, (num_chats, run.data.num_train)), default=None)
     amount = count(run, num_rows)
     per_step = train.batch_size * train.gradient_accumulation_steps * train.num_workers
-    rows = f"{num_rows:,}" if num_rows else f"unknown: {run.data.train} cannot be counted cheaply"
+    uris = " ".join(source.uri for source in run.data.train)
+    rows = f"{num_rows:,}" if num_rows else f"unknown: {uris} cannot be counted cheaply"
+    if num_rows and not all(sample.is_counted for sample in found.values()):
+        rows = f"about {rows}"
     lines = [("training rows", rows), ("positions in a training step", f"{per_step:,}")]
+    if found:
+        lines += sampled(run, found, base)
     if amount:
         steps = train.epochs * math.ceil(amount.num_positions / per_step)
         lines += [
@@ -258,16 +268,46 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
         return None
 
 
-def count_rows(uri: str) -> int | None:
-    """Chats in a local file or a folder's train file; None where counting means to fetch them all."""
-    path = Path(uri)
-    if path.is_dir():
-        path = next(iter(sorted(path.glob("train.*"))), path)
-    if not path.is_file():
-        return None
-    if path.suffix == ".parquet":
-        return int(pq.read_metadata(path).num_rows)
-    with path.open("rb") as file:
-        if path.suffix == ".json":
-            return len(json.load(file))
-        return sum(bool(line.strip()) for line in file)
+def samples(run: RunConfig, base: Base | None) -> dict[str, Sample]:
+    """What the first chats of each training source tell; none where a source is out of reach or unreadable."""
+    if base is None and any(source.uri.startswith("hf://") for source in run.data.train):
+        return {}  # where the hub does not answer, asking it again takes half a minute
+    tokenizer = _file(run.model.base, "tokenizer.json", run.model.revision) if base else None
+    try:
+        only = run.data.model_copy(update={"test": run.data.train, "out_of_domain": None})
+        sources = find_sources(only)["train"]
+        found = {source.name: take(source, run, counter(tokenizer)) for source in sources}
+    except UserError:  # the data stage tells what is wrong; a plan is made of what is known
+        return {}
+    return {name: sample for name, sample in found.items() if sample} if all(found.values()) else {}
+
+
+def sampled(run: RunConfig, found: dict[str, Sample], base: Base | None) -> list[tuple[str, str]]:
+    """Lines about the input, before filters and limits: what the sample suggests for all of it."""
+    lines = [
+        (f"chats of {name}", f"{'' if sample.is_counted else 'about '}{sample.num_chats:,.0f}")
+        for name, sample in found.items()
+    ]
+    whole = functools.reduce(operator.add, found.values())
+    if run.data.num_train:
+        whole = whole.scaled(min(1.0, run.data.num_train / whole.num_chats))
+    lines.append(("prompt tokens, by a sample", f"about {whole.prompt_tokens:,.0f}"))
+    reply, bound = whole.mean_reply, ""
+    if reply is None:
+        reply, bound = float(run.distill.max_new_tokens), "at most "
+        lines.append(("reply tokens", "unknown: the sample has no answers"))
+    else:
+        of = " of the chats' own answers" if run.distill.replies == "generate" else ""
+        lines.append(("reply tokens, by a sample", f"about {whole.reply_tokens:,.0f}{of}"))
+    num_tokens = whole.prompt_tokens + whole.num_rows * reply
+    positions = max(0.0, num_tokens if run.data.loss_on == "all" else whole.num_rows * (reply - 1))
+    prompt_bytes = whole.text_bytes + 4 * (whole.prompt_tokens + whole.reply_tokens)
+    lines += [
+        ("prompts/, by a sample", f"about {shown(prompt_bytes)}"),
+        ("distilled/, by a sample", f"{bound or 'about '}{shown(4 * num_tokens)}"),
+    ]
+    if base and run.hidden.mode != "stream":
+        amount = Amount(int(whole.num_rows), int(num_tokens), int(positions), False)
+        num_bytes = hidden_bytes(amount, base.hidden_size * BYTES[run.model.dtype], run.hidden.top_k)
+        lines.append(("hidden/, by a sample", f"{bound or 'about '}{shown(num_bytes)}"))
+    return lines

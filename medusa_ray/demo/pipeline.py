@@ -186,18 +186,8 @@ class Demo:
         from medusa_ray import data
 
         whole = self.config.data.model_copy(update={"num_train": None, "out_of_domain": None})
-        shards = data.plan(data.find_sources(whole), whole)
-        chats = (
-            chat
-            for shard in shards
-            if shard["split"] == "train"
-            for chat in zip(shard["chat"], shard["error"], strict=True)
-        )
-        return [
-            {"messages": messages}
-            for text, error in chats
-            if not error and isinstance(messages := json.loads(text), list)
-        ]
+        talks = ((chat.error, json.loads(chat.text)) for chat in data.chats(whole, "train"))
+        return [{"messages": talk} for error, talk in talks if not error and isinstance(talk, list)]
 
     def write_base(self, size: str) -> None:
         from medusa_ray.demo.train_base import train_base
