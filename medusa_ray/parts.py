@@ -6,6 +6,7 @@ same name, so killing a writer neither loses nor repeats one.
 
 import os
 import uuid
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import fsspec
@@ -80,9 +81,14 @@ def write(folder: str, name: str, table: pa.Table) -> None:
     filesystem.makedirs(os.path.dirname(path), exist_ok=True)
     # A writer that was given up for dead may still be at it, hence a name of its own.
     unfinished = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
-    with filesystem.open(unfinished, "wb") as file:
-        pq.write_table(table, file)
-    filesystem.mv(unfinished, path)
+    try:
+        with filesystem.open(unfinished, "wb") as file:
+            pq.write_table(table, file)
+        filesystem.mv(unfinished, path)
+    except BaseException:
+        with suppress(Exception):  # where nothing can be written, nothing may be removable either
+            filesystem.rm_file(unfinished)  # a full disk is to stay no fuller for another try
+        raise
 
 
 def names(folder: str) -> list[str]:
