@@ -253,7 +253,7 @@ def test_validate_names_what_is_wrong_with_the_section(section: dict[str, Any], 
 
 
 def test_a_uri_that_nothing_opens_stops_a_server_from_starting() -> None:
-    with pytest.raises(ValueError, match="traffic_log.uri 'nosuch://x' cannot be opened"):
+    with pytest.raises(ValueError, match=r"traffic_log.uri 'nosuch://x' cannot be opened"):
         TrafficLog(TrafficLogConfig(uri="nosuch://x"))
 
 
