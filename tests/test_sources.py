@@ -535,7 +535,7 @@ def test_one_row_in_a_hundred_is_poisoned_and_the_rest_untouched(
     assert all(row["messages"] == [{"role": "user", "content": f"question {i}"}] for i, row in good.items())
     record = provenance.read(config.artifact("prompts"))
     assert record
-    assert record["sources"]["train"] == {
+    assert record["chats"]["train"] == {
         file_name: {"in": 2000, "good": 2000 - expected.total(), "set_aside": dict(expected)}
     }
 
@@ -556,7 +556,7 @@ def test_sources_and_reasons_add_up_and_units_change_nothing(
     whole = {split: prompts(config, split) for split in ("train", "test")}
     record = provenance.read(config.artifact("prompts"))
     assert record
-    counts = record["sources"]
+    counts = record["chats"]
     num_in = sum(found["in"] for split in counts.values() for found in split.values())
     assert num_in == 41 + 30
     for split in ("train", "test"):
@@ -593,7 +593,7 @@ def test_parts_that_are_there_are_not_rendered_again(
     again = provenance.read(str(folder))
     assert again
     assert record
-    assert (again["splits"], again["sources"]) == (record["splits"], record["sources"])
+    assert (again["splits"], again["chats"]) == (record["splits"], record["chats"])
 
 
 @pytest.mark.ray

@@ -67,7 +67,8 @@ def run(config: RunConfig) -> str:
         raise
     for split, counts in splits.items():
         LOG.info("stage=data split=%s chats=%d rows=%d good=%d errors=%s", split, *list(counts.values())[:4])
-    provenance.write(folder, settings, inputs, sources=by_source, splits=splits)
+    files = {split: list(all_files(each)) for split, each in sources.items()}
+    provenance.write(folder, settings, inputs, sources=files, splits=splits, chats=by_source)
     return folder
 
 
