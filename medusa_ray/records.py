@@ -29,8 +29,8 @@ PROMPTS = pa.schema(
     ]
 )
 
-# <traffic_log.uri>/train-*.parquet: one row per chat that a server has answered; `data` reads the folder as it is. There
-# are no token ids: what a redaction hook takes out of the text is to have no second copy.
+# <traffic_log.uri>/train-*.parquet: one row per chat that a server has answered; `data` reads the folder as it is.
+# There are no token ids: what a redaction hook takes out of the text is to have no second copy.
 TRAFFIC = pa.schema(
     [
         ("id", pa.string()),  # of the reply, as its client got it
