@@ -108,6 +108,11 @@ class Chat:
         """Ids of bare text, with the special tokens that the tokenizer adds by itself."""
         return list(self.tokenizer(text)["input_ids"])
 
+    def continuation_ids(self, text: str, is_whole: bool) -> list[int]:
+        """Ids of generated text, the end-of-sequence token behind it where the text is whole."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*ids, self.tokenizer.eos_token_id] if is_whole else ids
+
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a reply, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -5,6 +5,7 @@ disk beyond the YAML itself, an environment variable, torch or ray, so `medusa-r
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -67,22 +68,103 @@ class DataConfig(Strict):
     )
 
 
+class ServerConfig(Strict):
+    """An OpenAI server that is already running, asked for replies."""
+
+    url: str = Field(description="Base URL without /v1, for example http://127.0.0.1:8000.")
+    model: str = Field(description="What requests send as `model`: the name of model.base there.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key; the key itself stands in no file."
+    )
+    concurrency: int = Field(64, gt=0, description="Requests in flight, at most.")
+    timeout_s: float = Field(600, gt=0, description="Seconds without a byte before a request is tried again.")
+    retries: int = Field(
+        10,
+        ge=0,
+        description="Further tries after 429, 5xx, a timeout or a cut connection, each after a longer wait (60 s at "
+        "most) or what Retry-After says.",
+    )
+
+
 class DistillConfig(Strict):
     """Self-distillation: what the base itself answers to the training prompts."""
 
     replies: Literal["generate", "given"] = Field(
         "generate", description="generate: the base's own replies; given: the chats' replies as they are."
     )
-    num_actors: int = Field(1, gt=0, description="Engine actors of Ray Data.")
+    engine: Literal["own", "http"] = Field(
+        "own", description="own: engines in actors of Ray Data; http: the server that distill.server names."
+    )
+    server: ServerConfig | None = Field(None, description="For engine `http`.")
+    num_actors: int | str = Field(
+        1,
+        description="Engine actors of Ray Data: a number, of which as many start as fit; auto, as many as fit; or "
+        "MIN-MAX, between which Ray adds and ends actors, and nodes where the cluster grows.",
+    )
+    gpus_per_actor: float = Field(
+        1, gt=0, le=1, description="Share of a GPU that one actor takes; nothing to actors on CPUs."
+    )
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
+    rows_per_part: int | None = Field(
+        None,
+        gt=0,
+        description="Replies in one file, which is what a killed actor does again; null: 512, or fewer where that "
+        "would make fewer than 64 files. Captured states are large: 512 replies of 200 tokens of Llama-3-8B take "
+        "0.8 GiB.",
+    )
     max_new_tokens: int = Field(
         512, gt=0, description="Longest reply, in tokens; data.over_long says what of a given one that is longer."
     )
+    samples: int = Field(1, gt=0, description="Replies to each prompt, each with a seed of its own.")
     temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus of the sampling; 1 keeps the whole distribution."
     )
     seed: int = Field(0, ge=0, description="Each row draws from this seed and its own id.")
+
+    @field_validator("num_actors")
+    @classmethod
+    def _actors_are_a_number_or_a_range(cls, num_actors: int | str) -> int | str:
+        least, most = actor_range(num_actors)
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"distill.num_actors is {num_actors!r}; expected a whole number from 1, auto, or MIN-MAX such as 2-8."
+            )
+        return num_actors
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "DistillConfig":
+        if self.samples > 1 and (self.temperature == 0 or self.replies == "given"):
+            what = "distill.replies is 'given'" if self.replies == "given" else "distill.temperature is 0"
+            raise ValueError(
+                f"distill.samples is {self.samples}, but {what}: all replies to a prompt would be the same. Set "
+                "distill.samples to 1, or distill.temperature above 0 with distill.replies: generate."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_is_named_where_one_is_asked(self) -> "DistillConfig":
+        if (self.server is not None) != (self.engine == "http"):
+            was = "is not set" if self.server is None else "is set"
+            raise ValueError(
+                f"distill.engine is {self.engine!r}, but distill.server {was}. Give both, distill.engine: http and "
+                "distill.server with url and model, or neither."
+            )
+        if self.engine == "http" and self.replies == "given":
+            raise ValueError(
+                "distill.engine is 'http', but distill.replies is 'given': nothing is asked of a server. Leave one out."
+            )
+        return self
+
+
+def actor_range(num_actors: int | str) -> tuple[int, float]:
+    """Least and most actors that `num_actors` allows; 0 and 0 when it is none of n, auto and MIN-MAX."""
+    if num_actors == "auto":
+        return 1, math.inf
+    least, _, most = str(num_actors).partition("-")
+    if not least.isdecimal() or not (most or least).isdecimal():
+        return 0, 0
+    return int(least), int(most or least)
 
 
 class HiddenConfig(Strict):
@@ -93,7 +175,12 @@ class HiddenConfig(Strict):
         description="capture: while distilling; compute: in a pass of their own; stream: while training, anew in each "
         "epoch and never written, where a corpus is too large to keep.",
     )
-    num_actors: int = Field(1, gt=0, description="Base actors of Ray Data when computing or streaming.")
+    num_actors: int = Field(
+        1,
+        gt=0,
+        description="Base actors of Ray Data when computing or streaming. To stream, each of train.num_workers has one "
+        "at least, and shares its GPU with it (0.6 and 0.4) where the cluster has fewer than two for each.",
+    )
     batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
     top_k: int = Field(
         0, ge=0, description="Likeliest tokens of the base kept with each label, for soft labels; 0 keeps none."
@@ -144,6 +231,11 @@ class TrainConfig(Strict):
         "cosine", description="Shape after warm-up."
     )
     warmup_steps: int = Field(40, ge=0, description="Optimizer steps of linear warm-up.")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: moments in 8 bits by bitsandbytes (the extra `quantized`), a quarter of their memory; "
+        "zero_stage 0 only, here and in joint.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     head_weight: float = Field(
@@ -181,6 +273,15 @@ class TrainConfig(Strict):
         None, description="First and last step of a profiler's trace, which becomes heads/trace.json."
     )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
+
+    @model_validator(mode="after")
+    def _moments_in_8_bits_are_not_sharded(self) -> "TrainConfig":
+        if self.optimizer == "adamw_8bit" and self.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', but train.zero_stage is {self.zero_stage}: moments in 8 bits have a "
+                "scale for each 256, which sharding would cut. Set train.zero_stage to 0."
+            )
+        return self
 
 
 class JointConfig(Strict):
@@ -267,6 +368,15 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _replies_over_http_need_a_pass_of_the_base(self) -> "RunConfig":
+        if self.distill.engine == "http" and self.hidden.mode == "capture":
+            raise ValueError(
+                "hidden.mode is 'capture', but distill.engine is 'http': a server sends tokens, not the states that "
+                "produced them. Set hidden.mode to 'compute' or 'stream'."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _states_of_prompts_need_a_pass_of_the_base(self) -> "RunConfig":
         if self.data.loss_on == "all" and self.hidden.mode == "capture":
             raise ValueError(
@@ -281,6 +391,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "train.labels is 'soft', but hidden.top_k is 0: nothing of what the base says is kept. "
                 "Set hidden.top_k, to 16 for one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _joint_moments_in_8_bits_are_not_sharded(self) -> "RunConfig":
+        if self.joint and self.train.optimizer == "adamw_8bit" and self.joint.zero_stage:
+            raise ValueError(
+                f"train.optimizer is 'adamw_8bit', which joint training takes over, but joint.zero_stage is "
+                f"{self.joint.zero_stage}. Set joint.zero_stage to 0."
             )
         return self
 
@@ -489,6 +608,7 @@ LEGACY_FLAGS = {
     "evaluation_strategy": "train.eval_steps",
     "warmup_ratio": "train.warmup_steps",
     "lazy_preprocess": "hidden.mode",
+    "optim": "train.optimizer",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "lr_scheduler_type": "train.lr_scheduler",

@@ -114,6 +114,7 @@ class GenerationRequest(Incoming):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None  # vLLM's extension, which load generators send
+    return_token_ids: bool | None = None  # vLLM's extension, for those who would tokenise the text again
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -288,6 +289,7 @@ class Reply:
         self._stop = stop
         self._held = ""
         self._logprobs: list[Logprob] = []  # of the tokens that count, until they are taken
+        self._token_ids: list[int] = []  # likewise
 
     def push(self, delta: Delta) -> str:
         """The text that this step allows to be shown, often less than it generated, at its end all."""
@@ -295,6 +297,7 @@ class Reply:
         self._num_guesses = delta.num_guesses
         if not self._stop:
             self.num_tokens += len(delta.token_ids)
+            self._token_ids += delta.token_ids
             self._logprobs += delta.logprobs or []
             self.finish_reason = delta.finish_reason
             text = self._detokenizer.push(delta.token_ids)
@@ -304,6 +307,7 @@ class Reply:
             delta.token_ids
         ):  # the one that completes a stop string is the last to count
             self.num_tokens += 1
+            self._token_ids.append(token)
             self._logprobs += (delta.logprobs or [])[i : i + 1]
             shown += self._before_stop(self._detokenizer.push([token]))
             if self.finish_reason:
@@ -331,6 +335,11 @@ class Reply:
         text = self._detokenizer.token_text
         taken, self._logprobs = self._logprobs, []
         return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in taken]
+
+    def take_token_ids(self) -> list[int]:
+        """Each token since the last call."""
+        taken, self._token_ids = self._token_ids, []
+        return taken
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage: tokens, and how many guesses of the heads were right and wrong."""
@@ -385,6 +394,7 @@ class Envelope:
         self._continuous_usage = bool(options.continuous_usage_stats)
         self._is_first = True
         self._has_logprobs = request.num_logprobs is not None
+        self._has_token_ids = bool(request.return_token_ids)
         self._num_characters = 0  # of the tokens whose logprobs were sent
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -398,8 +408,7 @@ class Envelope:
     def body(self, text: str, reply: Reply) -> dict[str, Any]:
         """The response to a request without streaming."""
         content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
-        choice = {"index": 0, **content, **end}
+        choice = {"index": 0, **content, **self._end(reply)}
         return {**self._base, "choices": [choice], "usage": reply.usage(), "metrics": reply.metrics()}
 
     def events(self, text: str, reply: Reply) -> str:
@@ -413,13 +422,17 @@ class Envelope:
         return written + "data: [DONE]\n\n" if ended else written
 
     def _choice(self, text: str, reply: Reply) -> dict[str, Any]:
-        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
+        end = self._end(reply)
         if not self._is_chat:
             return {"index": 0, "text": text, **end}
         # Only the first delta has the role: OpenAI's client concatenates what it gets.
         delta = {"role": "assistant", "content": text} if self._is_first else {"content": text}
         self._is_first = False
         return {"index": 0, "delta": delta, **end}
+
+    def _end(self, reply: Reply) -> dict[str, Any]:
+        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
+        return {**end, "token_ids": reply.take_token_ids()} if self._has_token_ids else end
 
     def _logprobs(self, reply: Reply) -> dict[str, Any] | None:
         """Those not yet sent. A token that shows no text yet has them in the next event, so tokens may run ahead."""

@@ -7,6 +7,7 @@ same name, so killing a writer neither loses nor repeats one.
 import os
 import uuid
 from contextlib import suppress
+from typing import Any, NoReturn
 
 import fsspec
 import pyarrow as pa
@@ -17,6 +18,7 @@ from medusa_ray.config import UserError
 
 MARK = "_parts.json"  # which config and inputs the parts in a folder come from
 UNFINISHED = ".unfinished"
+ATTEMPT = ".attempt"  # what a worker announced that has not written its part
 
 
 def absolute(uri: str) -> str:
@@ -30,21 +32,34 @@ def part_name(index: int) -> str:
     return f"part-{index:06}"
 
 
-def begin(folder: str, key: str) -> set[str]:
+def begin(folder: str, key: str, of: dict[str, Any] | None = None, is_dear: bool = False) -> set[str]:
     """Makes the folder ready for parts of this key, and names those that are already there.
 
-    Parts of another key, and the provenance that declared them finished, are removed. Raises UserError when
-    the folder cannot be written.
+    of: what the key digests, to tell later what has changed. is_dear: parts of another key are refused; else they are
+    removed, with the provenance that declared them finished. Raises UserError when the folder holds what it must not,
+    or cannot be written.
     """
     filesystem, path = fsspec.core.url_to_fs(folder)
     try:
-        if filesystem.exists(f"{path}/{MARK}") and provenance.read_json(f"{folder}/{MARK}")["key"] == key:
+        found = provenance.read_json(f"{folder}/{MARK}") if filesystem.exists(f"{path}/{MARK}") else {}
+        if found.get("key") == key:
             return set(names(folder))
+        if is_dear and (there := names(folder)):
+            _refuse(folder, len(there), found.get("of") or {}, of or {})
         clear(folder)
-        provenance.write_json(f"{folder}/{MARK}", {"key": key})
+        provenance.write_json(f"{folder}/{MARK}", {"key": key, "of": of})
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Set output to a place that can be.") from error
     return set()
+
+
+def _refuse(folder: str, num_parts: int, old: dict[str, Any], new: dict[str, Any]) -> NoReturn:
+    changes = provenance.differences(old, new) if old else ()
+    apart = "; ".join(f"{key} was {was}, and is {now}" for key, was, now in changes)
+    raise UserError(
+        f"{folder} holds {num_parts} parts of another run: {apart or 'it does not say of which'}. Set these back to go "
+        "on with it, or remove the folder, or set output to another place."
+    )
 
 
 def clear(folder: str) -> None:
@@ -56,7 +71,7 @@ def clear(folder: str) -> None:
         if filesystem.exists(file):
             filesystem.rm_file(file)
     for file in filesystem.find(path):
-        if file.endswith((".parquet", UNFINISHED)):
+        if file.endswith((".parquet", UNFINISHED, ATTEMPT)):
             filesystem.rm_file(file)
 
 
@@ -90,6 +105,12 @@ def read(folder: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """One part, schema metadata included."""
     with fsspec.open(f"{folder}/{name}.parquet", "rb") as file:
         return pq.read_table(file, columns=columns)
+
+
+def schema(folder: str, name: str) -> pa.Schema:
+    """Of one part, metadata included, none of its rows read."""
+    with fsspec.open(f"{folder}/{name}.parquet", "rb") as file:
+        return pq.read_schema(file)
 
 
 def num_rows(folder: str, name: str) -> int:

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def is_complete(folder: str, config: Any, inputs: dict[str, str]) -> bool:
     """Whether the folder holds the finished artifact of just this config and these inputs."""
     record = read(folder)
     return record is not None and record["key"] == key(config, inputs)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys with their two values."""
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            yield f"{prefix}{key}", was, now
 
 
 def write(folder: str, config: Any, inputs: dict[str, str], **facts: Any) -> None:

@@ -10,18 +10,19 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from medusa_ray.config import ModelConfig, UserError
+from medusa_ray.config import ModelConfig, UserError, actor_range
 
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
@@ -45,16 +46,79 @@ def device_of(model: ModelConfig) -> str:
     return "cuda" if has_gpu and model.device != "cpu" else "cpu"
 
 
-def actors(num_actors: int, num_shards: int, device: str) -> dict[str, Any]:
-    """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use."""
-    resource = "GPU" if device == "cuda" else "CPU"
-    fitting = min(num_actors, num_shards, int(ray.cluster_resources().get(resource, 1)))
+def node() -> str:
+    """The node that this process runs on; one without a name outside Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
+def nodes() -> set[str]:
+    """All that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]} if ray.is_initialized() else {""}
+
+
+class Room(NamedTuple):
+    """What a trainer takes of a GPU, and what each of the actors does that stream to it."""
+
+    trainer: float
+    actor: float
+    num_actors: int  # of one trainer
+
+
+def room(num_trainers: int, num_actors: int, device: str) -> Room:
+    """Whole ones where the cluster has two for each trainer; else each trainer shares its GPU with its only actor.
+
+    num_actors: wanted in all; each trainer has one at least. Raises UserError when there are too few CPUs.
+    """
+    there = int(ray.cluster_resources().get(resource_of(device), 0))
+    others = there // num_trainers - 1
+    if others >= 1:
+        return Room(1, 1, min(others, max(1, num_actors // num_trainers)))
+    if device == "cpu":  # not shared, as Ray Data begins with tasks that take a whole one
+        raise UserError(
+            f"hidden.mode is 'stream', which takes two CPUs for each of train.num_workers={num_trainers}, but the "
+            f"cluster has {there}. Lower train.num_workers, set hidden.mode to 'compute', or add nodes."
+        )
+    # Over a half and under: two trainers never meet on one GPU, which NCCL refuses.
+    return Room(0.6, 0.4, 1)
+
+
+def resource_of(device: str) -> str:
+    """What Ray counts of a device."""
+    return "GPU" if device == "cuda" else "CPU"
+
+
+def actors(
+    num_actors: int | str,
+    num_shards: int,
+    device: str,
+    share: float = 1,
+    at_a_time: int = 1,
+    retries: int = 3,
+) -> dict[str, Any]:
+    """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
+
+    num_actors: as distill.num_actors. share: of a GPU, for each. at_a_time: shards, in threads of one actor. retries:
+    of a shard whose actors die.
+    """
+    least, most = actor_range(num_actors)
+    there = int(ray.cluster_resources().get(resource_of(device), 1))
+    fitting = there * math.floor(1 / share + 1e-9)  # no actor has parts of two GPUs
+    if isinstance(num_actors, str) and num_actors != "auto":
+        # The cluster may grow with what is asked of it, so that what is there now is no limit.
+        size = {"min_size": max(1, min(least, num_shards)), "max_size": max(1, int(min(most, num_shards)))}
+    else:
+        size = {"size": max(1, int(min(most, num_shards, fitting)))}
     return {
-        "compute": ray.data.ActorPoolStrategy(size=max(fitting, 1), max_tasks_in_flight_per_actor=2),
+        "compute": ray.data.ActorPoolStrategy(
+            **size,
+            max_tasks_in_flight_per_actor=at_a_time + 1,
+            max_concurrent_calls_per_actor=at_a_time,
+            enable_true_multi_threading=at_a_time > 1,
+        ),
         "num_cpus": 1,
-        "num_gpus": int(device == "cuda"),
-        # Ray's default is to try for ever; a shard that ends four processes is at fault itself.
-        "max_task_retries": 3,
+        "num_gpus": share if device == "cuda" else 0,
+        # Ray's default is to try for ever; a shard that ends so many processes is at fault itself.
+        "max_task_retries": retries,
     }
 
 
@@ -80,18 +144,52 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
         return
     function = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
     results = _mapped(refs, function, make_worker, sys.stderr.isatty(), **resources)
-    start_s = logged_s = time.monotonic()
-    for number, row in enumerate(results.iter_rows(), 1):
+    progress = _Progress(stage, len(refs))
+    for row in results.iter_rows():
         if row["mistake"] is not None:
             raise UserError(row["mistake"])
-        if time.monotonic() - logged_s > LOG_INTERVAL_S or number == len(refs):
-            logged_s = time.monotonic()
-            LOG.info("stage=%s shards=%d of=%d seconds=%.1f", stage, number, len(refs), logged_s - start_s)
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        progress.log(result)
+        yield result
+
+
+class _Progress:
+    """A line for LOG_INTERVAL_S of results: how far, how fast, how much longer."""
+
+    def __init__(self, stage: str, num_shards: int) -> None:
+        self.stage, self.num_shards = stage, num_shards
+        self.start_s = self.logged_s = time.monotonic()
+        self.number = self.num_rows = self.num_errors = 0
+        self.first: tuple[float, int] | None = None  # when it came, and its rows: workers were loaded by then
+
+    def log(self, result: dict[str, Any]) -> None:
+        self.number += 1
+        counts = result.get("rows")
+        if isinstance(counts, dict):
+            self.num_rows += counts["in"]
+            self.num_errors += counts["in"] - counts["good"]
+        now_s = time.monotonic()
+        if self.first is None:
+            self.first = now_s, self.num_rows
+        if now_s - self.logged_s <= LOG_INTERVAL_S and self.number < self.num_shards:
+            return
+        self.logged_s = now_s
+        fields = f"shards={self.number} of={self.num_shards} seconds={now_s - self.start_s:.1f}"
+        since_s, num_since = now_s - self.first[0], self.number - 1
+        if num_since:
+            fields += f" eta_s={since_s / num_since * (self.num_shards - self.number):.0f}"
+        if self.num_rows:
+            fields += f" rows={self.num_rows} errors={self.num_errors}"
+            if since_s:
+                fields += f" rows_per_s={(self.num_rows - self.first[1]) / since_s:.1f}"
+        LOG.info("stage=%s %s", self.stage, fields)
 
 
 def tables(
-    refs: list[Ref], num_rows: list[int], make_worker: Callable[[], Callable[[Shard], pa.Table]], **resources: Any
+    refs: list[Ref],
+    num_rows: list[int],
+    make_worker: Callable[[], Callable[[Shard], pa.Table]],
+    **resources: Any,
 ) -> Iterator[pa.Table]:
     """What the workers made of the shards, in the order of the shards, made as it is asked for.
 
@@ -123,7 +221,7 @@ def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bo
         return dataset.map_batches(
             function,
             fn_kwargs={"make_worker": make_worker, "run_id": uuid.uuid4().hex},
-            batch_size=None,
+            batch_size=1,  # of a block, which has one row; where there are GPUs Ray takes no None
             batch_format="pyarrow",
             **resources,
         )
@@ -145,13 +243,15 @@ class _TableProcess:
 
 
 _worker: dict[str, Any] = {}  # by run, since Ray keeps processes for later pipelines
+_making = threading.Lock()
 
 
 def _worker_of(make_worker: Any, run_id: str) -> Any:
-    if run_id not in _worker:
-        _worker.clear()
-        _worker[run_id] = make_worker()
-    return _worker[run_id]
+    with _making:  # the other threads of an actor wait for the one worker of all
+        if run_id not in _worker:
+            _worker.clear()
+            _worker[run_id] = make_worker()
+        return _worker[run_id]
 
 
 def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:

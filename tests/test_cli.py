@@ -257,6 +257,20 @@ def test_plan_counts_what_is_there_and_bounds_the_rest(tmp_path: Path) -> None:
     assert figures("stream")[passes] == "5, of 75 tokens in all"
 
 
+def test_plan_knows_what_moments_in_8_bits_spare(tmp_path: Path) -> None:
+    shape = {"hidden_size": 4096, "vocab_size": 32768, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "intermediate_size": 64}))
+
+    def gib(**train: Any) -> float:
+        raw = {"output": "o", "model": {"base": str(tmp_path)}, "data": {"train": "d"}, "train": train}
+        return float(dict(estimate(RunConfig.model_validate(raw)))["memory of a train worker"].split()[0])
+
+    num_weights = 3 * (32768 * 4096 + 4096 * 4097)
+    for dtype in ("float32", "bfloat16"):
+        spared = gib(zero_stage=0, dtype=dtype) - gib(zero_stage=0, dtype=dtype, optimizer="adamw_8bit")
+        assert spared == pytest.approx(num_weights * (8 - 2 - 2 * 4 / 256) / 2**30, abs=0.02)
+
+
 def test_plan_of_a_base_out_of_reach_says_so(tmp_path: Path, medusa_ray: Command) -> None:
     done = medusa_ray("plan", write_run(tmp_path, "nobody/nothing", "s3://bucket/chats"))
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Configs: what is refused, and whether the message helps. A key that is silently ignored costs a GPU day."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,30 @@ def test_states_of_prompts_cannot_be_captured(tmp_path: Path) -> None:
         config.load(RunConfig, write(tmp_path, RUN), ["data.loss_on=all"])
     for mode in ("compute", "stream"):
         assert config.load(RunConfig, write(tmp_path, RUN), ["data.loss_on=all", f"hidden.mode={mode}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.samples=2"], r"distill\.samples is 2, but distill\.temperature is 0"),
+        (["distill.samples=2", "distill.replies=given", "hidden.mode=compute"], r"but distill\.replies is 'given'"),
+        (["distill.engine=http", "hidden.mode=compute"], r"engine is 'http', but distill\.server is not set"),
+        (["distill.server={url: u, model: m}"], r"engine is 'own', but distill\.server is set"),
+        (["distill.engine=http", "distill.server={url: u, model: m}"], r"but distill\.engine is 'http': a server"),
+        (["distill.engine=http", "distill.server={url: u, model: m, key: k}"], r"distill\.server\.key is not a key"),
+        *(([f"distill.num_actors={wrong}"], r"expected a whole number") for wrong in ("0", "4-2", "0-3", "many")),
+        (["distill.gpus_per_actor=1.5"], r"distill\.gpus_per_actor is 1\.5"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.load(RunConfig, write(tmp_path, RUN), overrides)
+
+
+def test_actors_are_a_number_or_as_many_as_fit_or_a_range() -> None:
+    assert [config.actor_range(wish) for wish in (3, "3", "auto", "2-8")] == [
+        (3, 3), (3, 3), (1, math.inf), (2, 8),
+    ]  # fmt: skip
 
 
 def test_two_applications_may_not_share_a_route(tmp_path: Path) -> None:

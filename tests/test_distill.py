@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,13 @@ import torch
 from medusa_ray import distill, parts, provenance, records
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
+from medusa_ray.distill import rows as distilled_rows
+from medusa_ray.distill.generate import Generator, SharedEngine
+from medusa_ray.distill.given import Copier
+from medusa_ray.distill.rows import seed_of
 from medusa_ray.medusa.engine import Engine, Request
-from medusa_ray.medusa.replies import Completion
+from medusa_ray.medusa.replies import Counters
+from medusa_ray.medusa.scheduler import Sequence
 from medusa_ray.states import settings_of
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -51,7 +58,7 @@ def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
 
 
 def config_of(folder: Path, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
-    options = {"batch_size": 1, "max_new_tokens": 12, **options}
+    options = {"batch_size": 1, "rows_per_part": 4, "max_new_tokens": 12, **options}
     return RunConfig.model_validate(
         {
             "output": str(folder),
@@ -71,21 +78,31 @@ def rows_of(config: RunConfig, artifact: str) -> list[dict[str, Any]]:
 class Parrot:
     """An engine that answers with the seed's digits and kills its process while file `flag` is missing."""
 
-    hidden_size = 2
+    hidden_size, num_waiting = 2, 0
 
     def __init__(self, flag: str | None = None) -> None:
         self.flag = flag
+        self.counters = Counters()
+        self.waiting: list[Sequence] = []
 
     def check(self, request: Request) -> None:
         if len(request.prompt_ids) + request.max_new_tokens > 512:
             raise ValueError("the limit is 512.")
 
-    def generate(self, prompts: list[list[int]], seed: list[int], **options: Any) -> list[Completion]:
+    def add(self, request: Request) -> Sequence:
+        sequence = Sequence(request, frozenset())
+        self.waiting.append(sequence)
+        return sequence
+
+    def step(self) -> None:
         if self.flag and not Path(self.flag).exists():
             Path(self.flag).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        tokens = [[int(digit) for digit in str(s)[:5]] for s in seed]
-        return [Completion(t, "stop", 5, [5], torch.ones(5, 2)) for t in tokens]
+        while self.waiting:
+            sequence = self.waiting.pop()
+            sequence.token_ids = [int(digit) for digit in str(sequence.seed)[:5]]
+            sequence.hidden_parts, sequence.finish_reason = [torch.ones(5, 2)], "stop"
+            self.counters.num_steps += 1
 
 
 def parrot(base: str, **options: Any) -> Parrot:
@@ -95,9 +112,9 @@ def parrot(base: str, **options: Any) -> Parrot:
 # -------------------------------------------------------------------------------------------- without Ray
 
 
-def worker(config: RunConfig, load_engine: Any = parrot) -> distill.Generator:
+def worker(config: RunConfig, load_engine: Any = parrot) -> Generator:
     folders = [config.artifact(name) for name in ("prompts", "distilled", "hidden")]
-    return distill.Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
+    return Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
 
 
 def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, tiny_base: Path) -> None:
@@ -112,10 +129,10 @@ def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, ti
 
 
 def test_seeds_differ_by_row_and_by_run_but_never_by_chance() -> None:
-    seeds = {distill.seed_of(seed, f"chat{i}/0") for seed in range(3) for i in range(100)}
+    seeds = {seed_of(seed, f"chat{i}/0") for seed in range(3) for i in range(100)}
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert distill.seed_of(0, "chat0/0") == 7609246971096445180
+    assert seed_of(0, "chat0/0") == 7609246971096445180
 
 
 def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tiny_base: Path) -> None:
@@ -130,15 +147,17 @@ def test_bad_prompts_stay_rows_and_do_not_disturb_the_others(tmp_path: Path, tin
     assert errors == {BAD: "too long: very", HUGE: "refused by the engine: the limit is 512."}
     good = [row for row in rows if not row["error"]]
     for row in good:
-        assert row["reply_ids"] == [int(digit) for digit in str(distill.seed_of(0, row["id"][:-2]))[:5]]
+        assert row["reply_ids"] == [int(digit) for digit in str(seed_of(0, row["id"][:-2]))[:5]]
     hidden = rows_of(config, "hidden")
     assert [row["id"] for row in hidden] == [row["id"] for row in good]
-    facts = distill._facts(config.artifact("distilled"))
-    assert facts == {
-        "rows": {"in": 20, "good": 18, "errors": {"too long": 1, "refused by the engine": 1}},
-        "finish_reasons": {"stop": 18},
-        "num_reply_tokens": 90,
-    }
+    facts: dict[str, Any] = {}
+    for name in parts.names(config.artifact("distilled")):
+        distilled_rows.add(facts, distilled_rows.read_facts(config.artifact("distilled"), name))
+    counts = {"in": 20, "good": 18, "errors": {"too long": 1, "refused by the engine": 1}}
+    assert (facts["rows"], facts["sources"]) == (counts, {"train": counts})
+    assert (facts["finish_reasons"], facts["num_reply_tokens"]) == ({"stop": 18}, 90)
+    assert facts["num_prompt_tokens"] == sum(len(row["prompt_ids"]) for row in good)
+    assert facts["taken"]["all"] == 18
 
 
 def test_hidden_rows_are_the_states_that_some_label_needs(tmp_path: Path, tiny_base: Path) -> None:
@@ -195,7 +214,7 @@ def test_given_replies_are_the_chats_own(tmp_path: Path, tiny_base: Path) -> Non
 
 def copied(config: RunConfig) -> list[dict[str, Any]]:
     folders = [config.artifact(name) for name in ("prompts", "distilled")]
-    copier = distill.Copier(config, config.model.base, *folders)
+    copier = Copier(config, config.model.base, *folders)
     for shard in distill.plan(f"{config.output}/prompts/train", 4):
         copier(shard)
     return rows_of(config, "distilled")
@@ -233,6 +252,108 @@ def test_only_what_shapes_the_rows_makes_another_run(tmp_path: Path, tiny_base: 
     assert provenance.key(*distill.identity(config_of(tmp_path, tiny_base))) not in keys
 
 
+def test_rows_of_another_config_are_refused_and_not_removed(tmp_path: Path, tiny_base: Path) -> None:
+    """A typo would otherwise cost what hours have generated."""
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    start = lambda config: distill.begin(  # noqa: E731
+        config, config.artifact("distilled"), config.artifact("hidden"), *distill.identity(config)
+    )
+    assert start(config) == set()
+    generator = worker(config)
+    for shard in list(distill.plan(f"{tmp_path}/prompts/train", 4))[:2]:
+        generator(shard)
+    assert start(config) == {"part-000000", "part-000001"}
+    assert start(config_of(tmp_path, tiny_base, batch_size=9, num_actors="auto")) == {"part-000000", "part-000001"}
+    other = config_of(tmp_path, tiny_base, seed=5)
+    with pytest.raises(UserError, match=r"distilled holds 2 parts of another run: distill\.seed was 0, and is 5\. Set"):
+        start(other)
+    deeper = config.model_copy(update={"hidden": config.hidden.model_copy(update={"top_k": 4})})
+    with pytest.raises(UserError, match=r"hidden holds 2 parts of another run: top_k was 0, and is 4\. Set"):
+        start(deeper)
+    (tmp_path / "hidden" / "part-000001.parquet").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 parts of .* have no states in .* Set hidden\.mode to compute"):
+        start(config)
+    assert len(rows_of(config, "distilled")) == 8
+
+
+def test_parts_are_few_and_never_large(tmp_path: Path, tiny_base: Path) -> None:
+    folder = f"{tmp_path}/prompts/train"
+    sizes = {}
+    for num_rows in (1, 64, 6400, 100_000):
+        ids = pa.array([f"chat{i}/0" for i in range(num_rows)])
+        parts.write(folder, parts.part_name(0), pa.table({"id": ids}))
+        config = config_of(tmp_path, tiny_base, rows_per_part=None)
+        sizes[num_rows] = distill.rows_per_part(config, f"{tmp_path}/prompts")
+    assert sizes == {1: 1, 64: 1, 6400: 100, 100_000: 512}
+
+
+def test_ids_that_stand_there_twice_are_refused(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    parts.write(folder, "part-000000", pa.table({"id": ["a/0", "b/0"]}))
+    distill._refuse_twins(folder)
+    parts.write(folder, "part-000001", pa.table({"id": ["c/0", "a/0"]}))
+    with pytest.raises(UserError, match=r"1 ids in .* stand there twice, a/0 for one"):
+        distill._refuse_twins(folder)
+
+
+def test_every_sample_has_a_seed_of_its_own(tmp_path: Path, tiny_base: Path) -> None:
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base, samples=3, temperature=1.0)
+    worker(config)({"part": "part-000000", "source": "part-000000", "start": 6, "length": 2})
+    rows = rows_of(config, "distilled")
+    assert [row["id"] for row in rows] == [f"chat0{i}/0/{n}" for i in (6, 7) for n in range(3)]
+    assert len({tuple(row["reply_ids"]) for row in rows[:3]}) == 3
+    assert [row["error"] for row in rows[3:]] == ["too long: very"] * 3
+    alone = config_of(tmp_path / "alone", tiny_base, temperature=1.0)
+    make_prompts(tmp_path / "alone", tiny_base)
+    worker(alone)({"part": "part-000000", "source": "part-000000", "start": 6, "length": 2})
+    assert rows_of(alone, "distilled") == rows[::3]  # the first is what it would be by itself
+
+
+def test_shards_of_two_threads_share_the_batch_and_not_their_rows(tmp_path: Path, tiny_base: Path) -> None:
+    """One after the other each shard would end with a batch that is nearly empty."""
+    engine = Engine.load(str(tiny_base), max_batch_size=4, max_total_tokens=512)
+    shared = SharedEngine(engine, 4)
+    prompts = [[1, 4, 10 + i] for i in range(24)]
+    lengths = [5 + 7 * (i % 6) for i in range(24)]
+
+    def generate(indices: range) -> list[list[int]]:
+        with shared.entered(alone=False):
+            asked = [Request(prompts[i], lengths[i], temperature=1.0, seed=i, ignore_eos=True) for i in indices]
+            return [completion.token_ids for completion in shared.generate(asked)]
+
+    with ThreadPoolExecutor(3) as pool:
+        replies = [ids for some in pool.map(generate, [range(i, i + 6) for i in range(0, 24, 6)]) for ids in some]
+    for i, ids in enumerate(replies):
+        (alone,) = engine.generate([prompts[i]], lengths[i], temperature=1.0, seed=i, ignore_eos=True)
+        assert ids == alone.token_ids
+    cost = shared.cost()
+    assert cost["taken"]["all"] == sum(lengths) - 24  # the first token is the prompt's
+    assert cost["taken"]["steady"] / cost["slots"]["steady"] > 0.9
+    assert shared.cost()["slots"] == {"all": 0, "steady": 0}
+
+
+def test_a_shard_that_wants_the_engine_for_itself_gets_it(tmp_path: Path, tiny_base: Path) -> None:
+    """Another shard's row that ended the process would be blamed on this one's."""
+    shared = SharedEngine(Parrot(), 4)
+    inside: list[int] = []
+    most: list[int] = []
+
+    def enter(number: int) -> None:
+        alone = number % 3 == 0
+        with shared.entered(alone):
+            inside.append(number)
+            time.sleep(0.005)
+            assert not alone or inside == [number]
+            most.append(len(inside))
+            inside.remove(number)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(enter, range(30)))
+    assert max(most) > 1
+
+
 def test_prompts_that_are_not_finished_are_not_distilled(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"prompts is not finished\. Run the data stage"):
         distill.run(config_of(tmp_path, tiny_base))
@@ -251,12 +372,15 @@ def test_rows_are_what_the_engine_says_when_it_is_called_alone(
     assert distill.run(config) == config.artifact("distilled")
     engine = Engine.load(str(tiny_base), max_batch_size=3, max_total_tokens=512)
     good = [prompt for i, prompt in enumerate(prompts) if i not in (BAD, HUGE)]
-    seeds = [distill.seed_of(3, prompt["id"]) for prompt in good]
+    seeds = [seed_of(3, prompt["id"]) for prompt in good]
     alone = engine.generate([p["prompt_ids"] for p in good], max_new_tokens=12, temperature=1.0, seed=seeds)
     rows = [row for row in rows_of(config, "distilled") if row["error"] is None]
     assert [row["reply_ids"] for row in rows] == [completion.token_ids for completion in alone]
     assert [row["finish_reason"] for row in rows] == [completion.finish_reason for completion in alone]
-    assert provenance.read(config.artifact("distilled"))["rows"]["good"] == 18
+    facts = provenance.read(config.artifact("distilled"))
+    assert (facts["rows"]["good"], facts["rows"]["in"], facts["sources"]) == (18, 20, {"train": facts["rows"]})
+    assert facts["num_reply_tokens"] == sum(len(row["reply_ids"]) for row in rows)
+    assert 0 < facts["occupancy"]["all"] <= 1
 
     written = (tmp_path / "distilled" / "part-000000.parquet").stat().st_mtime_ns
     distill.run(config)

@@ -44,7 +44,16 @@ LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"peft", "tokenizers", "transformers"},
-    STAGES: {"deepspeed", "fastapi", "huggingface_hub", "prometheus_client", "ray", "starlette", "tensorboard"},
+    STAGES: {
+        "bitsandbytes",
+        "deepspeed",
+        "fastapi",
+        "huggingface_hub",
+        "prometheus_client",
+        "ray",
+        "starlette",
+        "tensorboard",
+    },
     DOOR: {"rich", "typer"},
 }
 MODULES = {

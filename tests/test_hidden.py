@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_ray import distill, hidden, parts, provenance, records
+from medusa_ray import hidden, parts, provenance, records
 from medusa_ray.config import RunConfig, UserError
+from medusa_ray.distill.generate import Generator
 from medusa_ray.medusa.engine import Engine
 from medusa_ray.states import settings_of
 
@@ -126,7 +127,7 @@ def test_captured_rows_are_the_computed_ones_column_by_column(tiny_base: Path, t
     config = config_of(tmp_path, tiny_base, top_k=3)
     folders = [config.artifact(name) for name in ("prompts", "distilled")]
     captured = f"{tmp_path}/captured"
-    generator = distill.Generator(config, str(tiny_base), "cpu", 60, *folders, captured, None)
+    generator = Generator(config, str(tiny_base), "cpu", 60, *folders, captured, None)
     generator({"part": "part-000000", "source": "part-000000", "start": 0, "length": 6})
     compute(config, "part-000000")
     tables = [parts.read(folder, "part-000000") for folder in (captured, config.artifact("hidden"))]

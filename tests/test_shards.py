@@ -32,8 +32,39 @@ def test_a_pool_is_no_larger_than_the_cluster_the_wish_or_the_work(cluster_of: C
     assert shards.actors(9, 10, "cpu")["compute"].max_size == 4
     assert shards.actors(9, 10, "cuda")["compute"].max_size == 2
     assert shards.actors(9, 1, "cpu")["compute"].max_size == 1
+    assert shards.actors("auto", 10, "cpu")["compute"].max_size == 4
+    assert shards.actors("auto", 10, "cuda", 0.4)["compute"].max_size == 4  # no actor has parts of two GPUs
+    grows = shards.actors("3-9", 10, "cuda", 0.5, at_a_time=2)
+    assert (grows["compute"].min_size, grows["compute"].max_size, grows["num_gpus"]) == (3, 9, 0.5)
+    assert shards.actors("3-9", 2, "cpu")["compute"].max_size == 2
     assert shards.tasks(13, 6)["compute"].size == 3
     assert shards.tasks(1000, 6)["compute"].size == 4
+
+
+def test_trainers_and_their_actors_fit_on_the_cluster(cluster_of: Callable[..., None]) -> None:
+    """A trainer holds its GPU for as long as it waits for an actor that finds none."""
+    for num_gpus in range(1, 10):
+        cluster_of(CPU=32.0, GPU=float(num_gpus))
+        for num_trainers in range(1, num_gpus + 1):
+            for num_actors in (1, 2, 8):
+                room = shards.room(num_trainers, num_actors, "cuda")
+                assert 1 <= room.num_actors <= max(1, num_actors // num_trainers)
+                assert room.trainer > 0.5  # or NCCL would meet two ranks on one GPU
+                free = [1.0] * num_gpus
+                taken = [room.trainer] * num_trainers + [room.actor] * (num_trainers * room.num_actors)
+                for share in taken:
+                    fitting = [gpu for gpu in range(num_gpus) if free[gpu] > share - 1e-9]
+                    assert fitting, (num_gpus, num_trainers, room)
+                    free[fitting[0]] -= share
+    cluster_of(CPU=4.0, GPU=8.0)
+    assert shards.room(2, 6, "cuda") == (1, 1, 3)
+    assert shards.room(2, 99, "cuda") == (1, 1, 3)
+    assert shards.room(4, 1, "cuda") == (1, 1, 1)
+    assert shards.room(5, 8, "cuda") == (0.6, 0.4, 1)
+    assert shards.room(2, 1, "cpu") == (1, 1, 1)
+    with pytest.raises(UserError, match=r"two CPUs for each of train.num_workers=3, but the cluster has 4"):
+        shards.room(3, 1, "cpu")
+    assert shards.actors(1, 10, "cuda", 0.4)["num_gpus"] == 0.4
 
 
 def test_no_shards_need_no_pipeline() -> None:

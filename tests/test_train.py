@@ -1,5 +1,6 @@
 """Training of the heads: every position once per epoch, in an order that a resumed run repeats."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +23,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
 from medusa_ray.medusa.heads import WEIGHTS, MedusaHeads
 from medusa_ray.medusa.loss import IGNORED, medusa_loss, num_losses, whole_cross_entropy
-from medusa_ray.train import checkpoints, order
+from medusa_ray.train import checkpoints, engine, order
 from medusa_ray.train.corpus import Corpus, is_held_out
 from medusa_ray.train.engine import HeadTrainer, deepspeed_config
-from medusa_ray.train.feed import Feed, from_disk
+from medusa_ray.train.feed import Feed, Wanted, from_disk
 from medusa_ray.train.journal import CURVE, Journal, check_trackers, read_curve
 from medusa_ray.train.order import Plan, cut
 from medusa_ray.train.rows import Batch, joined, places_of
@@ -42,19 +44,21 @@ PROMPT, REPLY = 3, 11  # so 10 positions a row, and 9 of them with a label
 STEP = 7  # a reply counts on in steps of 7
 
 
-def write_run(folder: Path, num_rows: int = 60, states: str = "float32", **settings: Any) -> RunConfig:
+def write_run(
+    folder: Path, num_rows: int = 60, states: str = "float32", size: int = V, **settings: Any
+) -> RunConfig:
     """A base and hidden/ that heads can learn from: each token follows from the one before."""
     (folder / "base").mkdir()
-    output_VC = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    output_VC = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     save_file({"lm_head.weight": output_VC}, folder / "base/model.safetensors")
     rows = []
     for row in range(num_rows):
         ids = [(row + STEP * place) % V for place in range(PROMPT + REPLY)]
-        states_NC = 4 * torch.eye(V, dtype=getattr(torch, states))[ids[PROMPT - 1 : -2]]
+        states_NC = 4 * torch.eye(size, dtype=getattr(torch, states))[ids[PROMPT - 1 : -2]]
         raw = states_NC.view(torch.uint8).numpy().tobytes()
         rows.append(records.hidden_row(f"{row}/0/0", ids[:PROMPT], ids[PROMPT:], raw, "last"))
     for part in range(3):
-        table = records.hidden_table(rows[part::3], states, V)
+        table = records.hidden_table(rows[part::3], states, size)
         parts.write(str(folder / "hidden"), parts.part_name(part), table)
     provenance.write(str(folder / "hidden"), {}, {})
     raw_config = {
@@ -84,6 +88,10 @@ def feed_of(config: RunConfig, rank: int) -> Feed:
     return Feed(corpus.counts, corpus.names, config.train.seed, source, corpus.form, rank)
 
 
+def steps_of(feed: Feed, plan: Plan, done: int = 0, batch_size: int = 8) -> Iterator[list[Batch]]:
+    return feed.open([], [plan], done, batch_size)[1]
+
+
 def epoch_of(config: RunConfig, number: int = 0) -> Plan:
     settings = config.train
     per_step = settings.batch_size * settings.gradient_accumulation_steps
@@ -95,7 +103,7 @@ def everything_of(config: RunConfig) -> Batch:
     """All positions that have a label."""
     feed, hidden = feed_of(config, 0), config.artifact("hidden")
     rows = [(name, np.arange(parts.num_rows(hidden, name))) for name in parts.names(hidden)]
-    return joined(list(feed.rows(rows)))
+    return joined(feed.open(rows, [], 0, 8)[0])
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -107,7 +115,7 @@ def test_every_position_is_taken_once_in_an_epoch(dtype: str, num_workers: int, 
     """A state beside another position's labels still trains; only acceptance drops."""
     config = write_run(tmp_path, states=dtype, num_workers=num_workers, gradient_accumulation_steps=3)
     plan = epoch_of(config)
-    shares = [list(feed_of(config, rank).steps(plan, 0, 8)) for rank in range(num_workers)]
+    shares = [list(steps_of(feed_of(config, rank), plan)) for rank in range(num_workers)]
     assert {len(share) for share in shares} == {plan.num_steps} == {-(-600 // (num_workers * 24))}
     assert all(len(micro_batches) == 3 for share in shares for micro_batches in share)
     taken: Counter[tuple[str, int]] = Counter()
@@ -145,7 +153,7 @@ def test_the_order_follows_from_seed_and_epoch(tmp_path: Path) -> None:
     def order(epoch: int, seed: int) -> list[str]:
         feed = feed_of(config, 0)
         feed.seed = seed
-        return [name for step in feed.steps(epoch_of(config, epoch), 0, 8) for b in step for name in b.id_N]
+        return [name for step in steps_of(feed, epoch_of(config, epoch)) for b in step for name in b.id_N]
 
     assert order(1, 0) == order(1, 0)
     assert order(0, 0) != order(1, 0)
@@ -182,6 +190,43 @@ def test_windows_of_a_long_line_are_read_one_at_a_time(monkeypatch: pytest.Monke
     ]
 
 
+def test_one_reading_serves_held_out_rows_and_all_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many readings would give, since a resumed run begins in the middle; and nothing is read far ahead."""
+    monkeypatch.setattr(order, "WINDOW_POSITIONS", 50)
+    config = write_run(tmp_path, num_rows=120, held_out=0.2, gradient_accumulation_steps=2)
+    corpus, plans = corpus_of(config), [epoch_of(config, number) for number in range(3)]
+    readings = []
+
+    def source(wanted: Iterable[Wanted]) -> Iterator[pa.Table]:
+        readings.append(0)
+        for table in from_disk(config.artifact("hidden"))(wanted):
+            readings[-1] += len(table)
+            yield table
+
+    feed = Feed(corpus.counts, corpus.names, config.train.seed, source, corpus.form, 1)
+    held_out, steps = feed.open(corpus.held_out, plans, 2, 8)
+    num_held = sum(len(row_R) for _, row_R in corpus.held_out)
+    first = next(steps)
+    time.sleep(0.2)  # for the thread that reads ahead
+    # The window of the step, one in the making and one that waits, of 40 rows each.
+    assert len(readings) == 1
+    assert readings[0] <= num_held + 3 * 40
+    found = [first, *steps]
+    assert len(readings) == 1
+    expected = [step for plan in plans for step in steps_of(feed, plan, 2 if plan is plans[0] else 0)]
+    assert len(found) == len(expected) == 3 * plans[0].num_steps - 2
+    for micro_batches, expected_batches in zip(found, expected, strict=True):
+        for batch, expected_batch in zip(micro_batches, expected_batches, strict=True):
+            assert batch.id_N.tolist() == expected_batch.id_N.tolist()
+            assert torch.equal(batch.hidden_NC, expected_batch.hidden_NC)
+            assert torch.equal(batch.labels_NH, expected_batch.labels_NH)
+    ids = {name for batch in held_out for name in batch.id_N}
+    assert len(ids) == num_held
+    assert not ids & {name for step in found for batch in step for name in batch.id_N}
+
+
 def test_states_that_do_not_fill_their_positions_are_refused(tmp_path: Path) -> None:
     config = write_run(tmp_path, num_rows=3, num_workers=1)
     row = records.hidden_row("9/0/0", [1, 2], [3, 4, 5], bytes(4 * V), "last")
@@ -189,7 +234,7 @@ def test_states_that_do_not_fill_their_positions_are_refused(tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match=r"row 9/0/0 of hidden/ has 96 bytes of states, but its positions need 192"
     ):
-        list(feed_of(config, 0).steps(epoch_of(config), 0, 8))
+        list(steps_of(feed_of(config, 0), epoch_of(config)))
 
 
 def test_held_out_chats_are_not_trained_on(tmp_path: Path) -> None:
@@ -199,9 +244,7 @@ def test_held_out_chats_are_not_trained_on(tmp_path: Path) -> None:
     num_held = sum(map(len, held.values()))
     assert 6 <= num_held <= 18  # of 60
     assert corpus.num_positions == (60 - num_held) * (REPLY - 1)
-    seen = {
-        name for step in feed_of(config, 0).steps(epoch_of(config), 0, 8) for b in step for name in b.id_N
-    }
+    seen = {name for step in steps_of(feed_of(config, 0), epoch_of(config)) for b in step for name in b.id_N}
     tables = {name: parts.read(config.artifact("hidden"), name)["id"].to_pylist() for name in corpus.names}
     assert not seen & {tables[name][row] for name, rows in held.items() for row in rows}
     assert is_held_out("chat/0/0", 0.5) == is_held_out("chat/7/1", 0.5)
@@ -477,7 +520,7 @@ def reference_losses(config: RunConfig) -> list[float]:
     heads.init_from(output_VC)
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.0)
     feeds = [feed_of(config, rank) for rank in range(config.train.num_workers)]
-    steps = [feed.steps(epoch_of(config), 0, config.train.batch_size) for feed in feeds]
+    steps = [steps_of(feed, epoch_of(config), batch_size=config.train.batch_size) for feed in feeds]
     losses = []
     for number, shares in enumerate(zip(*steps, strict=True)):
         whole = joined([batch for micro_batches in shares for batch in micro_batches])
@@ -542,6 +585,74 @@ def test_twenty_steps_lose_what_a_single_process_loses(
         assert [record["loss"] for record in curve_of(config)] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.timeout(600)
+def test_moments_in_8_bits_learn_alike_take_a_quarter_and_go_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a size at which bitsandbytes takes 8 bits for every matrix, and 32 for a bias."""
+    configs = {}
+    for dtype in ("float32", "bfloat16"):
+        settings: dict[str, Any] = {"dtype": dtype, "size": 64, "zero_stage": 0, "logging_steps": 1}
+        settings |= {"learning_rate": 0.004, "lr_scheduler": "constant", "warmup_steps": 3}
+        settings |= {"num_workers": 1, "batch_size": 32}
+        for name in ("adamw", "whole", "again"):
+            (tmp_path / f"{name} {dtype}").mkdir()
+            optimizer = "adamw" if name == "adamw" else "adamw_8bit"
+            configs[name, dtype] = write_run(tmp_path / f"{name} {dtype}", optimizer=optimizer, **settings)
+        configs["half", dtype] = changed(configs["again", dtype], epochs=1)
+    names = ("adamw", "whole", "half", "again")
+    in_turn = [configs[name, dtype] for dtype in ("float32", "bfloat16") for name in names]
+    train_without_ray(tmp_path, in_turn, monkeypatch)
+
+    for dtype in ("float32", "bfloat16"):
+        adamw, whole, again = (configs[name, dtype] for name in ("adamw", "whole", "again"))
+        expected, losses = ([record["loss"] for record in curve_of(config)] for config in (adamw, whole))
+        assert len(losses) == 38
+        assert expected[-1] < 0.5 * expected[0]
+        # Both fall from 32 to 0.4, never more than 0.2 apart.
+        assert losses == pytest.approx(expected, abs=0.01 * expected[0])
+        assert losses[10:] != expected[10:]
+
+        assert what_is_learnt(again) == what_is_learnt(whole)
+        heads, training = (f"{whole.output}/{folder}" for folder in ("heads", "training"))
+        assert Path(heads, WEIGHTS).read_bytes() == Path(again.artifact("heads"), WEIGHTS).read_bytes()
+        saved, saved_again = (checkpoints.newest(f"{config.output}/training") for config in (whole, again))
+        assert saved.tensors.keys() == saved_again.tensors.keys()
+        for name, tensor in saved.tensors.items():
+            assert torch.equal(tensor, saved_again.tensors[name])
+
+        def moment_bytes(training: str) -> int:
+            tensors = checkpoints.newest(training).tensors
+            return sum(value.nbytes for name, value in tensors.items() if not name.startswith("weight/"))
+
+        matrices, biases = 2 * 3 * 64 * 64, 3 * 64
+        assert moment_bytes(f"{adamw.output}/training") == 8 * (matrices + biases)
+        assert moment_bytes(training) == 2 * matrices * (1 + 4 / 256) + 8 * biases
+
+
+def test_moments_in_8_bits_are_refused_where_they_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(joint: dict[str, int] | None = None, **settings: Any) -> RunConfig:
+        raw: dict[str, Any] = {"output": "o", "model": {"base": "b"}, "data": {"train": "d"}, "joint": joint}
+        return parse(RunConfig, raw | {"train": {"optimizer": "adamw_8bit", **settings}}, "test")
+
+    with pytest.raises(UserError, match=r"train.zero_stage is 1: .* Set train.zero_stage to 0"):
+        parsed()
+    with pytest.raises(UserError, match=r"joint.zero_stage is 1\. Set joint.zero_stage to 0"):
+        parsed(joint={}, zero_stage=0)
+    assert parsed(joint={"zero_stage": 0}, zero_stage=0).train.optimizer == "adamw_8bit"
+
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"optimizer": {"type": "Lamb", "params": {}}}))
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"has an optimizer, but train.optimizer is 'adamw_8bit'"):
+        deepspeed_config(parsed(zero_stage=0, deepspeed=str(file)).train)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'not installed: pip install "medusa_ray\[quantized\]"'):
+        deepspeed_config(parsed(zero_stage=0).train)
+
+
 def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> None:
     """SIGKILL for the younger training process of this test's cluster, once the curve is that far."""
     while not ended.wait(0.02):
@@ -550,6 +661,15 @@ def kill_a_worker_at(step: int, config: RunConfig, ended: threading.Event) -> No
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
             max(workers, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
             return
+
+
+def watch_actors(found: set[int], ended: threading.Event) -> None:
+    """Adds the processes of this test's cluster that hold a base for training."""
+    while not ended.wait(0.1):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "_TableProcess" in process.name():
+                    found.add(process.pid)
 
 
 def stop_at(step: int, config: RunConfig) -> None:
@@ -665,7 +785,8 @@ def scalars(heads: Path) -> dict[str, list[int]]:
 def test_captured_computed_and_streamed_states_train_alike(
     tiny_base: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With soft labels, so that what the base says is the same as well."""
+    """With soft labels, so that what the base says is the same as well. One actor streams to held-out rows and to both
+    epochs: an 8 B base takes minutes to load."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 30, (48,), generator=generator).tolist()
     rows = [
@@ -679,7 +800,7 @@ def test_captured_computed_and_streamed_states_train_alike(
     provenance.write(str(tmp_path / "capture/prompts"), {}, {}, **facts)
 
     def config_of(mode: str) -> RunConfig:
-        training = {"num_workers": 1, "batch_size": 16, "epochs": 1, "dtype": "float32", "logging_steps": 1}
+        training = {"num_workers": 1, "batch_size": 32, "epochs": 2, "dtype": "float32", "logging_steps": 1}
         training |= {"learning_rate": 0.01}
         raw = {
             "output": str(tmp_path / mode),
@@ -698,7 +819,13 @@ def test_captured_computed_and_streamed_states_train_alike(
     for config in configs.values():
         hidden.run(config)
     train_without_ray(tmp_path, [configs["capture"], configs["compute"]], monkeypatch)
+    ended, actors = threading.Event(), set[int]()
+    watcher = threading.Thread(target=watch_actors, args=(actors, ended))
+    watcher.start()
     train.run(configs["stream"])
+    ended.set()
+    watcher.join()
+    assert len(actors) == 1
     curves = {mode: what_is_learnt(config) for mode, config in configs.items()}
     assert not parts.names(configs["stream"].artifact("hidden"))
     for mode in ("compute", "stream"):
@@ -727,9 +854,7 @@ def test_other_layouts_learn_with_sharded_weights(tmp_path: Path, monkeypatch: p
 
     trained, top1, head_loss = judged(shared)
     assert (trained.num_heads, trained.num_layers, trained.layout) == (2, 2, "shared")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "shared/heads" / WEIGHTS).values()} == {
-        torch.bfloat16
-    }
+    assert MedusaHeads.load(shared.artifact("heads"), dtype=None).dtype == torch.bfloat16
     assert min(top1) > 0.9
     assert curve_of(shared)[-1]["head_loss"] == pytest.approx(head_loss, abs=0.2)
 
@@ -769,7 +894,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(ray_cluster: None, tmp_path: 
     found = [
         (step, rank)
         for rank in range(2)
-        for step, micro_batches in enumerate(feed_of(config, rank).steps(epoch_of(config), 0, 8), 1)
+        for step, micro_batches in enumerate(steps_of(feed_of(config, rank), epoch_of(config)), 1)
         for batch in micro_batches
         if not batch.hidden_NC.isfinite().all()
     ]

@@ -17,9 +17,10 @@ from medusa_ray import parts, provenance, records
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
-# A parameter in training: weight and gradient; and what ZeRO shards, AdamW's moments and bf16's fp32 weight.
+# A parameter in training: weight and gradient; and what ZeRO shards, bf16's fp32 weight and the moments.
 WEIGHT_BYTES = {"float32": 8, "bfloat16": 4}
-OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
+MASTER_BYTES = {"float32": 0, "bfloat16": 4}
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256)}  # codes, and a scale for each 256
 SUSTAINED_FLOPS = (
     400e12  # per second: 40% of an H100's or H200's peak in bf16, a fair share for large products
 )
@@ -161,7 +162,7 @@ def count(run: RunConfig, num_rows: int | None) -> Amount | None:
     else:
         return None
     if not is_counted and run.distill.replies == "generate":
-        lengths = [(num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths]
+        lengths = [(num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths] * run.distill.samples
     positions = [records.num_positions(*pair, run.data.loss_on) for pair in lengths]
     return Amount(sum(map(bool, positions)), sum(map(sum, lengths)), sum(positions), is_counted)
 
@@ -209,7 +210,8 @@ def num_head_parameters(base: Base, heads: HeadsConfig) -> int:
 
 def train_worker_bytes(base: Base, heads: HeadsConfig, train: TrainConfig) -> float:
     """Heads, gradients and optimizer, and the logits that are there at a time with their gradient, in fp32."""
-    sharded = OPTIMIZER_BYTES[train.dtype] / (train.num_workers if train.zero_stage else 1)
+    optimizer = MASTER_BYTES[train.dtype] + MOMENT_BYTES[train.optimizer]
+    sharded = optimizer / (train.num_workers if train.zero_stage else 1)
     draft_vocab_size = heads.draft_vocab_size or base.vocab_size
     output_layer = 0 if heads.layout == "own" else draft_vocab_size * base.hidden_size * BYTES[train.dtype]
     logits = 2 * 4 * min(train.batch_size * draft_vocab_size, MAX_LOGITS) * heads.num_heads

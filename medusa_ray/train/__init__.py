@@ -146,7 +146,7 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
     ours = {**settings, **bound, **inputs}
     if checkpoints.names(training) and exists(f"{training}/{RUN}"):
         found = provenance.read_json(f"{training}/{RUN}")
-        apart = [f"{key} was {old}, and is {new}" for key, old, new in differences(found["of"], ours)]
+        apart = [f"{key} was {old}, and is {new}" for key, old, new in provenance.differences(found["of"], ours)]
         if apart and not found["is_over"]:
             raise UserError(
                 f"{training} holds a run that is not over, and it is another: {'; '.join(apart)}. Set these back to go "
@@ -158,16 +158,6 @@ def begin(training: str, settings: dict[str, Any], inputs: dict[str, str]) -> bo
     remove(training)
     provenance.write_json(f"{training}/{RUN}", {"of": ours, "is_over": False})
     return False
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys with their two values."""
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from differences(was, now, f"{prefix}{key}.")
-        elif was != now:
-            yield f"{prefix}{key}", was, now
 
 
 def finish(training: str) -> None:
@@ -198,12 +188,19 @@ def stoppable(training: str) -> Iterator[None]:
 def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> TorchTrainer:
     """Raises UserError when the cluster has no room for the workers."""
     on_gpu = job.device == "cuda"
-    resource, num_workers = "GPU" if on_gpu else "CPU", job.train.num_workers
+    resource, num_workers = shards.resource_of(job.device), job.train.num_workers
     if (there := int(ray.cluster_resources().get(resource, 0))) < num_workers:
         raise UserError(
             f"train.num_workers is {num_workers}, and each takes a {resource}, but the cluster has {there}. Set it to "
             f"{there} at most, or add nodes."
         )
+    share = 1.0
+    if job.streamed:
+        share, actor_share, num_actors = job.streamed.room
+        LOG.info(
+            "stage=train %ss=%d trainers=%d trainer_share=%.1f actors=%d actor_share=%.1f",
+            resource.lower(), there, num_workers, share, num_workers * num_actors, actor_share,
+        )  # fmt: skip
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     # Nothing here is compiled, but DeepSpeed would import the compiler: a second of every worker's start.
     environment = {"DS_ACCELERATOR": job.device, "TORCHDYNAMO_DISABLE": "1"}
@@ -225,7 +222,7 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
         scaling_config=api.ScalingConfig(
             num_workers=num_workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1},
+            resources_per_worker={"CPU": 1, "GPU": share} if on_gpu else {"CPU": 1},
         ),
         run_config=api.RunConfig(
             name="ray",

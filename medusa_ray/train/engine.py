@@ -6,6 +6,7 @@
 import importlib
 import logging
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -19,6 +20,9 @@ from medusa_ray.medusa.loss import HeadLoss, cross_entropy_for, medusa_loss, num
 from medusa_ray.train.rows import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+# Of bitsandbytes: codes and the scale of each block of 256, or moments as they are of a weight under 4,096 numbers.
+# What codes stand for would not do: where a block's largest number is negative it comes back with other codes.
+BLOCKS = ("state1", "state2", "absmax1", "absmax2")
 
 
 class Group(TypedDict):
@@ -99,21 +103,35 @@ def start(model: Any, train: TrainConfig, device: str) -> Any:
     config = deepspeed_config(train)
     optimizer = None
     if "optimizer" not in config:
-        optimizer = torch.optim.AdamW(model.groups(), weight_decay=train.weight_decay, fused=True)
+        optimizer = new_optimizer(model.groups(), train)
     parameters = None if optimizer else model.groups()
     engine = deepspeed.initialize(
         model=model, optimizer=optimizer, model_parameters=parameters, config=config
     )[0]
-    for state in optimizer_of(engine).state.values():
-        state["step"].zero_()  # ZeRO 0 in bf16 has taken a step already, of nothing, that Adam would count
+    set_step(engine, 0)  # ZeRO 0 in bf16 has taken a step already, of nothing, that Adam would count
     return engine
+
+
+def new_optimizer(groups: list[Any], train: TrainConfig) -> torch.optim.Optimizer:
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=train.weight_decay, fused=True)
+    from bitsandbytes.optim import AdamW8bit
+
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, weight_decay=train.weight_decay)
+    return eight_bit
 
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     """TrainConfig in DeepSpeed's words, and a file of the user's own on top.
 
-    Raises UserError where that file says something else than the config, or cannot be read.
+    Raises UserError where that file says something else than the config, or cannot be read, and where the optimizer is
+    of a package that is not installed.
     """
+    if train.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.optimizer is 'adamw_8bit', but its package is not installed: pip install \"medusa_ray[quantized]\", "
+            "or set train.optimizer to 'adamw'."
+        )
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
@@ -128,7 +146,13 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
         own = provenance.read_json(train.deepspeed)
     except (OSError, ValueError) as error:
         raise UserError(f"train.deepspeed is {train.deepspeed!r}, which cannot be read: {error}") from error
-    return merged(derived, own, train.deepspeed)
+    config = merged(derived, own, train.deepspeed)
+    if train.optimizer != "adamw" and "optimizer" in config:
+        raise UserError(
+            f"{train.deepspeed} has an optimizer, but train.optimizer is {train.optimizer!r}. Take the section out, or "
+            "set train.optimizer to 'adamw', which such a section replaces."
+        )
+    return config
 
 
 KEYS = {  # where the config says what a DeepSpeed file may say too
@@ -198,7 +222,7 @@ def trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
 
 def full_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights in fp32 and moments of the optimizer by name, each whole, whatever ZeRO's stage and the number of ranks:
-    of what is trained.
+    of what is trained. Moments in 8 bits are as the optimizer has them.
 
     All ranks must ask for all of them, since each holds a part.
     """
@@ -213,8 +237,8 @@ def full_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{moment}/{name}", safe_get_full_optimizer_state(weight, moment)
         else:
             yield f"weight/{name}", masters[weight].detach()
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", optimizer_of(engine).state[masters[weight]][moment]
+            for moment, value in moments_of(engine, masters[weight]).items():
+                yield f"{moment}/{name}", value
 
 
 def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Callable[[], Tensor]) -> None:
@@ -230,24 +254,34 @@ def load_full_state(engine: Any, tensors: dict[str, Tensor], step: int, idle: Ca
     for _ in range(engine.gradient_accumulation_steps()):  # an optimizer makes its state in its first step
         engine.backward(idle())
         engine.step()
-    optimizer, masters = optimizer_of(engine), unsharded_masters(engine)
+    masters = unsharded_masters(engine)
     link_moments(engine)
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
+    set_step(engine, step)
     for name, weight in trained(engine):
         value = tensors[f"weight/{name}"].to(engine.device)
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
             weight.data.copy_(value)
         if masters is None:
             safe_set_full_fp32_param(weight, value)
+            for moment in MOMENTS:
+                value = tensors[f"{moment}/{name}"].to(engine.device)
+                safe_set_full_optimizer_state(weight, value, moment)
         else:
             masters[weight].data.copy_(value)
-        for moment in MOMENTS:
-            value = tensors[f"{moment}/{name}"].to(engine.device)
-            if masters is None:
-                safe_set_full_optimizer_state(weight, value, moment)
-            else:
-                optimizer.state[masters[weight]][moment].copy_(value)
+            for moment, held in moments_of(engine, masters[weight]).items():
+                held.copy_(tensors[f"{moment}/{name}"])
+
+
+def set_step(engine: Any, step: int) -> None:
+    """Of how many steps the optimizer corrects the bias: a tensor of torch's, a number of bitsandbytes'."""
+    for state in optimizer_of(engine).state.values():
+        state["step"] = state["step"].fill_(step) if torch.is_tensor(state["step"]) else step
+
+
+def moments_of(engine: Any, master: Tensor) -> dict[str, Tensor]:
+    """Of a weight that is not sharded."""
+    state = optimizer_of(engine).state[master]
+    return {name: state[name] for name in MOMENTS + BLOCKS if name in state}
 
 
 def link_moments(engine: Any) -> None:

@@ -1,12 +1,14 @@
-"""A plan and the tables of hidden/ -> one worker's batches, step by step.
+"""Plans and the tables of hidden/ -> one worker's batches, step by step.
 
 # R rows   N positions
 """
 
 import functools
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,19 +17,18 @@ import pyarrow as pa
 from medusa_ray import parts, shards
 from medusa_ray.config import HiddenConfig, ModelConfig
 from medusa_ray.states import Body, leaves_labels
-from medusa_ray.train.order import Ints, Line, Piece, Plan, cut
+from medusa_ray.train.order import Ints, Line, Piece, Plan, Spans
 
 Wanted = tuple[str, Ints]  # a part, and some of its rows, ascending
-Source = Callable[
-    [list[Wanted]], Iterator[pa.Table]
-]  # a table of hidden/ for each that is wanted, in the same order
+# A table of hidden/ for each that is wanted, in the same order.
+Source = Callable[[Iterable[Wanted]], Iterator[pa.Table]]
 T = TypeVar("T")
 
 
 def from_disk(hidden: str) -> Source:
     """The parts of a finished hidden/."""
 
-    def read(wanted: list[Wanted]) -> Iterator[pa.Table]:
+    def read(wanted: Iterable[Wanted]) -> Iterator[pa.Table]:
         for name, row_R in wanted:
             table = parts.read(hidden, name)
             yield table if len(row_R) == len(table) else table.take(row_R)
@@ -35,25 +36,29 @@ def from_disk(hidden: str) -> Source:
     return read
 
 
-def from_base(
-    distilled: str,
-    base: str,
-    device: str,
-    model: ModelConfig,
-    hidden: HiddenConfig,
-    loss_on: str,
-    num_workers: int,
-) -> Source:
+@dataclass(frozen=True)
+class Streamed:
+    """What the base is asked for, and what room its actors have."""
+
+    model: ModelConfig
+    hidden: HiddenConfig
+    loss_on: str
+    room: shards.Room
+
+
+def from_base(distilled: str, base: str, device: str, streamed: Streamed) -> Source:
     """The frozen base, on the fly: Ray Data deals the rows of distilled/ to its actors, a share of them to each worker.
 
-    base, device: model.base and model.device as actors find them.
+    Each call of the source loads the base anew. base, device: model.base and model.device as actors find them.
     """
 
-    def stream(wanted: list[Wanted]) -> Iterator[pa.Table]:
-        make_worker = functools.partial(Streamer, distilled, model, base, device, hidden, loss_on)
-        refs = [shards.put({"part": name, "rows": row_R.tolist()}) for name, row_R in wanted]
-        resources = shards.actors(max(1, hidden.num_actors // num_workers), len(refs), device)
-        yield from shards.tables(refs, [len(row_R) for _, row_R in wanted], make_worker, **resources)
+    def stream(wanted: Iterable[Wanted]) -> Iterator[pa.Table]:
+        asked = streamed.model, base, device, streamed.hidden, streamed.loss_on
+        make_worker = functools.partial(Streamer, distilled, *asked)
+        shares = list(wanted)
+        refs = [shards.put({"part": name, "rows": row_R.tolist()}) for name, row_R in shares]
+        resources = shards.actors(streamed.room.num_actors, len(refs), device, streamed.room.actor)
+        yield from shards.tables(refs, [len(row_R) for _, row_R in shares], make_worker, **resources)
 
     return stream
 
@@ -86,34 +91,52 @@ class Feed:
         self.counts, self.names, self.seed = counts, names, seed
         self.source, self.form, self.rank = source, form, rank
 
-    def steps(self, plan: Plan, done: int, batch_size: int) -> Iterator[list[Any]]:
-        """The micro-batches of each step of a plan but the first `done`.
+    def open(
+        self, held_out: list[Wanted], plans: list[Plan], done: int, batch_size: int
+    ) -> tuple[list[Any], Iterator[list[Any]]]:
+        """All positions of held-out rows, a batch for each part; and the micro-batches of each step of the plans, but
+        for the first `done` of the first.
 
-        A position without a label stands where nothing is left: no worker can sit out a step of the others.
+        One reading of the source serves them all, since each loads the base anew. A position without a label stands
+        where nothing of a plan is left: no worker can sit out a step of the others.
         """
-        line = Line(self.counts, self.seed, plan.epoch)
-        spans = cut(plan.share(self.rank), done * plan.per_step, line.length)
-        coming = ahead(self._batches(list(line.pieces(spans))))
-        left = self.form.nothing()[:0]
-        for _ in range(done, plan.num_steps):
-            while len(left) < plan.per_step and (batch := next(coming, None)) is not None:
-                left = self.form.joined([left, batch]) if len(left) else batch
-            now, left = left[: plan.per_step], left[plan.per_step :]
-            micro = [now[first : first + batch_size] for first in range(0, plan.per_step, batch_size)]
-            yield [batch if len(batch) else self.form.nothing() for batch in micro]
+        shares = [plan.left(self.rank, 0 if number else done) for number, plan in enumerate(plans)]
+        # Windows are drawn up as they are read. Who streams wants to know all at once, and then holds row numbers.
+        pieces, again = itertools.tee(
+            (piece, self._wanted(piece))
+            for plan, spans in zip(plans, shares, strict=True)
+            for piece in Line(self.counts, self.seed, plan.epoch).pieces(spans)
+        )
+        wanted = (one for _, group in again for one in group)
+        found = map(self.form.batch, self.source(itertools.chain(held_out, wanted)))
+        judged = [next(found) for _ in held_out]
+        coming = ahead(self._batches(pieces, found))
+        return judged, self._steps(plans, shares, done, batch_size, coming)
 
-    def rows(self, wanted: list[Wanted]) -> Iterator[Any]:
-        """All positions of rows, a batch for each part that they are of."""
-        return map(self.form.batch, self.source(wanted))
+    def _steps(
+        self, plans: list[Plan], shares: list[Spans], done: int, batch_size: int, coming: Iterator[Any]
+    ) -> Iterator[list[Any]]:
+        for plan, spans in zip(plans, shares, strict=True):
+            num_coming = sum(end - start for start, end in spans)
+            left = self.form.nothing()[:0]
+            for _ in range(done, plan.num_steps):
+                while len(left) < plan.per_step and num_coming:
+                    batch = next(coming)
+                    num_coming -= len(batch)
+                    left = self.form.joined([left, batch]) if len(left) else batch
+                now, left = left[: plan.per_step], left[plan.per_step :]
+                micro = [now[first : first + batch_size] for first in range(0, plan.per_step, batch_size)]
+                yield [batch if len(batch) else self.form.nothing() for batch in micro]
+            done = 0
 
-    def _batches(self, pieces: list[Piece]) -> Iterator[Any]:
-        """The positions of each piece."""
-        wanted = [
-            [(part, np.sort(piece.row_R[piece.part_R == part])) for part in np.unique(piece.part_R)]
-            for piece in pieces
+    def _wanted(self, piece: Piece) -> list[Wanted]:
+        return [
+            (self.names[part], np.sort(piece.row_R[piece.part_R == part])) for part in np.unique(piece.part_R)
         ]
-        found = self.rows([(self.names[part], row_R) for group in wanted for part, row_R in group])
-        for piece, group in zip(pieces, wanted, strict=True):
+
+    def _batches(self, pieces: Iterable[tuple[Piece, list[Wanted]]], found: Iterator[Any]) -> Iterator[Any]:
+        """The positions of each piece. found: all positions of all rows that they want."""
+        for piece, group in pieces:
             whole = self.form.joined([next(found) for _ in group])
             # Where each row begins in what was read: by part, and by place in it.
             read_R = np.lexsort((piece.row_R, piece.part_R))

@@ -38,11 +38,13 @@ class Plan:
     def share(self, rank: int) -> Spans:
         return cut(self.spans, rank * self._stretch, (rank + 1) * self._stretch)
 
+    def left(self, rank: int, num_steps: int) -> Spans:
+        """What a worker has not taken after so many steps."""
+        return cut(self.share(rank), num_steps * self.per_step, self._stretch)
+
     def rest(self, num_steps: int) -> Spans:
         """What no worker has taken after so many steps."""
-        taken = num_steps * self.per_step
-        ranks = range(self.num_workers)
-        return tuple(span for rank in ranks for span in cut(self.share(rank), taken, self._stretch))
+        return tuple(span for rank in range(self.num_workers) for span in self.left(rank, num_steps))
 
     @property
     def _stretch(self) -> int:

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medusa_ray import parts, shards
-from medusa_ray.config import HeadsConfig, HiddenConfig, ModelConfig, RunConfig, TrainConfig
+from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.ranks import tokens_per_step
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.train import checkpoints
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import HeadTrainer, full_state, gathered, load_full_state, start
-from medusa_ray.train.feed import Feed, Source, Wanted, from_base, from_disk
+from medusa_ray.train.feed import Feed, Source, Streamed, Wanted, from_base, from_disk
 from medusa_ray.train.journal import Journal
 from medusa_ray.train.order import Ints, Plan
 from medusa_ray.train.watch import Meter, StopFile, Trace, judge, sums_of
@@ -50,7 +50,7 @@ class Job:
     tree_nodes: int  # of the tree that the held-out rows are judged by
     heads: HeadsConfig
     train: TrainConfig
-    streamed: tuple[ModelConfig, HiddenConfig, str] | None  # what the base is asked for and data.loss_on
+    streamed: Streamed | None
 
     def new_model(self, output_layer_VC: Tensor | None) -> Any:
         assert output_layer_VC is not None
@@ -59,7 +59,7 @@ class Job:
     def source(self) -> Source:
         if self.streamed is None:
             return from_disk(self.hidden)
-        return from_base(self.hidden, self.base, self.device, *self.streamed, self.train.num_workers)
+        return from_base(self.hidden, self.base, self.device, self.streamed)
 
     def write(self, weights: dict[str, Tensor], output_layer_VC: Tensor | None, model: Any) -> None:
         """Writes what was trained. model: as `new_model` made it, its own weights wherever DeepSpeed has left them."""
@@ -69,7 +69,10 @@ class Job:
 
     @classmethod
     def of(cls, config: RunConfig, corpus: Corpus, token_map_M: Tensor | None, device: str) -> "Job":
-        streamed = (config.model, config.hidden, config.data.loss_on)
+        streamed = None
+        if corpus.is_streamed:
+            room = shards.room(config.train.num_workers, config.hidden.num_actors, device)
+            streamed = Streamed(config.model, config.hidden, config.data.loss_on, room)
         return cls(
             hidden=corpus.folder,
             training=parts.absolute(config.artifact("training")),
@@ -84,7 +87,7 @@ class Job:
             tree_nodes=config.evaluate.tree_nodes,
             heads=config.heads,
             train=config.train,
-            streamed=streamed if corpus.is_streamed else None,
+            streamed=streamed,
         )
 
     def epoch(self, number: int) -> Plan:
@@ -158,8 +161,11 @@ class Run:
         self.engine = start(model, job.train, job.device)
         self.weight_W = model.weights().to(self.engine.device)
         self.state = self._resume()
-        self.feed = Feed(counts, job.names, job.train.seed, job.source(), job.form, self.rank)
-        self.held_out = list(self.feed.rows(job.held_out[self.rank :: job.train.num_workers]))
+        epoch = self.state.plan.epoch
+        self.plans = [self.state.plan, *map(job.epoch, range(epoch + 1, job.train.epochs))]
+        feed = Feed(counts, job.names, job.train.seed, job.source(), job.form, self.rank)
+        held_out = job.held_out[self.rank :: job.train.num_workers]
+        self.held_out, self.steps = feed.open(held_out, self.plans, self.state.done, job.train.batch_size)
         self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
         self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
         self.meter = Meter(self.engine.device, model.dtype, model.flops_per_position, job.train.num_workers)
@@ -183,11 +189,12 @@ class Run:
     def take_steps(self) -> str | None:
         """All that are left. Returns why not, if so."""
         state = self.state
-        while state.plan.epoch < self.train.epochs:
-            for micro_batches in self.feed.steps(state.plan, state.done, self.train.batch_size):
-                if problem := self._move_on(micro_batches):
+        for plan in self.plans:
+            if plan is not state.plan:
+                state.plan, state.done = plan, 0
+            while state.done < plan.num_steps:
+                if problem := self._move_on(next(self.steps)):
                     return problem
-            state.plan, state.done = self.job.epoch(state.plan.epoch + 1), 0
         return None
 
     def _move_on(self, micro_batches: list[Any]) -> str | None:
