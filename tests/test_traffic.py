@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+import ray.serve
 from fakes import ScriptedEngine
 from fastapi.testclient import TestClient
 from test_serve import CHAT, CHAT_URL, COMPLETION_URL, events_of, steps_of, streamed_text
@@ -89,7 +90,6 @@ def test_a_row_is_the_chat_as_its_client_saw_it(chat: Chat, tmp_path: Path) -> N
         engine.finish_reason = "length"
         cut = client.post(CHAT_URL, json=CHAT).json()
         assert not rows_in(tmp_path)  # nothing is due yet
-        assert client.get("/info").json()["logged_share"] == 1.0
     assert [file.suffix for file in tmp_path.iterdir()] == [".parquet"]
     first, second, third = rows_in(tmp_path)
     assert first == {
@@ -115,7 +115,6 @@ def test_without_the_section_nothing_is_kept(chat: Chat, tmp_path: Path) -> None
     engine: Any = ScriptedEngine(steps_of(chat, "a"))
     with TestClient(build_api(Server(engine, chat, args))) as client:
         assert client.post(CHAT_URL, json=CHAT).status_code == 200
-        assert client.get("/info").json()["logged_share"] == 0.0
         assert "traffic" not in client.get("/metrics").text
 
 
@@ -353,17 +352,18 @@ def test_what_a_deployed_model_answered_are_the_chats_of_the_next_run(
     app = {"name": "medusa", "args": {**args, "traffic_log": log}}
     raw = {"http_options": {"port": serve.free_port()}, "applications": [app]}
     url = serve.deploy(config.parse(ServeConfig, raw, "loop.yaml"))["medusa"]
+    assert httpx.get(f"{url}/info").json()["logged_share"] == 1.0
     said = {}
     for number in range(10):
         body = asked(f"question {number}", max_tokens=12, ignore_eos=True, seed=number)
         reply = httpx.post(f"{url}{CHAT_URL}", json=body, timeout=60).json()
         said[f"{reply['id']}/0"] = (body["messages"], reply["choices"][0]["message"]["content"])
     serve.shutdown()
-    ray_serve_ends()
+    ray.serve.shutdown()
     assert len(list((tmp_path / "traffic").glob("*.parquet"))) >= 3
 
-    run = {"model": args | {}, "data": {"train": log["uri"]}, "output": str(tmp_path / "run")}
-    run["model"] = {"base": str(tiny_base), "dtype": "float32", "device": "cpu"}
+    model = {"base": str(tiny_base), "dtype": "float32", "device": "cpu"}
+    run = {"model": model, "data": {"train": log["uri"]}, "output": str(tmp_path / "run")}
     folder = data.run(config.parse(RunConfig, run, "next.yaml"))
     prompts = [
         row
@@ -374,12 +374,6 @@ def test_what_a_deployed_model_answered_are_the_chats_of_the_next_run(
     assert {row["id"]: (row["messages"], row["reference"]) for row in prompts if not row["error"]} == {
         i: chat for i, chat in said.items() if chat[1].strip()
     }
-
-
-def ray_serve_ends() -> None:
-    import ray.serve
-
-    ray.serve.shutdown()
 
 
 def test_the_example_pair_closes_the_loop() -> None:
