@@ -186,7 +186,7 @@ class JointConfig(Strict):
     """Medusa-2: once `train` has trained the heads alone, a LoRA adapter on the base and the heads, together.
 
     The base stays near itself by its divergence from itself without the adapter. What is not said here is as in
-    `train`: workers, dtype, seed, held-out chats, what is logged and saved.
+    `train`: workers, dtype, labels, seed, held-out chats, what is logged and saved.
     """
 
     epochs: int = Field(2, gt=0, description="Passes over the distilled rows.")

@@ -22,13 +22,19 @@ from medusa_ray.medusa.loss import IGNORED
 from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.joint import JointJob, JointTrainer, RowForm, Rows
 from medusa_ray.train.journal import CURVE, read_curve
+from medusa_ray.train.watch import judge
 from medusa_ray.train.worker import Run
 
 V, H = 262, 2
 
 
 def write_run(
-    folder: Path, base: Path, num_rows: int = 24, heads: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    base: Path,
+    num_rows: int = 24,
+    heads: dict[str, Any] | None = None,
+    top_k: int = 0,
+    **settings: Any,
 ) -> RunConfig:
     """distilled/, of tokens that count on, and fresh heads where warm ones belong."""
     draw = np.random.default_rng(0)
@@ -49,6 +55,7 @@ def write_run(
         "output": str(folder),
         "model": {"base": str(base), "device": "cpu", "dtype": "float32"},
         "data": {"train": "unused"},
+        "hidden": {"top_k": top_k},
         "heads": {"num_heads": H, **(heads or {})},
         "train": {
             "num_workers": 1,
@@ -67,7 +74,9 @@ def write_run(
         },
     }
     raw["train"] |= {
-        key: raw["joint"].pop(key) for key in ("num_workers", "held_out", "save_steps") if key in raw["joint"]
+        key: raw["joint"].pop(key)
+        for key in ("num_workers", "held_out", "save_steps", "labels")
+        if key in raw["joint"]
     }
     config = parse(RunConfig, raw, "test")
     layout = config.heads.model_dump(exclude={"draft_vocab_size"})
@@ -166,12 +175,25 @@ def test_without_the_adapter_the_base_is_itself_to_the_bit(tiny_base: Path, tmp_
         assert not torch.allclose(model.states(Rows([row])), own_NC, atol=0.1)
 
 
-@pytest.mark.parametrize("is_packable", [True, False])
+def loss_of(head_V: torch.Tensor, label: int, own_V: torch.Tensor, labels: str) -> torch.Tensor:
+    """Of what a head says of a label, where the base itself says own_V: KL(base || head), the base's four likeliest
+    tokens one by one and all others as one."""
+    if labels == "hard":
+        return -head_V[label].log()
+    named = own_V.argsort()[-4:].tolist()
+    others = [token for token in range(V) if token not in named]
+    base, head = ([*(p_V[token] for token in named), p_V[others].sum()] for p_V in (own_V, head_V))
+    return sum(p * (p / q).log() for p, q in zip(base, head, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_packable"), [("hard", True), ("hard", False), ("soft", True), ("soft", False)]
+)
 def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(
-    is_packable: bool, tiny_base: Path, tmp_path: Path
+    labels: str, is_packable: bool, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packing, positions and labels are all in it. The oracle knows none of them."""
-    job, _ = job_of(config := write_run(tmp_path, tiny_base))
+    job, _ = job_of(config := write_run(tmp_path, tiny_base, labels=labels, top_k=4))
     model = jolted(job.new_model(None)).eval()
     model.is_packable = is_packable
     rows = rows_of(config)
@@ -190,11 +212,16 @@ def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(
             logits_NHV = model.heads(adapted.hidden_states[-1][0])
             for head in range(H):
                 for t in range(first, len(row.input_ids) - 2 - head):
-                    sums_W[1 + head] -= logits_NHV[t, head].log_softmax(-1)[row.input_ids[t + 2 + head]]
+                    asked = t + 2 + head
+                    said_V, own_V = logits_NHV[t, head].softmax(-1), own[asked - 1 - first]
+                    sums_W[1 + head] += loss_of(said_V, row.input_ids[asked], own_V, labels)
     assert torch.allclose(found.loss_sum_H, sums_W, rtol=1e-4)
     assert found.loss.item() == pytest.approx((sums_W @ weight_W).item(), rel=1e-4)
     assert found.top1_H[0] == top1
     assert model.num_losses(rows).tolist() == found.num_labels_H.tolist()
+    monkeypatch.setattr(joint.dist, "all_reduce", lambda *_: None)
+    held_out = [judge(model.heads, batch)[0] for batch, _ in model.seen([rows])]
+    assert torch.allclose(sum(held_out)[0], sums_W[1:], rtol=1e-4)
 
 
 def test_full_logits_never_exist(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
