@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ray import evaluate, hidden, parts, provenance, records, train
 from medusa_ray.chat import Chat
@@ -237,6 +237,30 @@ def test_full_logits_never_exist(tiny_base: Path, tmp_path: Path, monkeypatch: p
     assert torch.allclose(whole.loss_sum_H, pieces.loss_sum_H, rtol=1e-5)
 
 
+def test_layers_computed_again_give_the_same_gradients_and_leave_little_behind(tmp_path: Path) -> None:
+    """With dropout, which has to be repeated. The profiler knows what of the forward pass is still allocated."""
+    (tmp_path / "base").mkdir()
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=8)).save_pretrained(tmp_path / "base")
+    gradients, num_bytes = [], []
+    for is_on in (True, False):
+        (folder := tmp_path / str(is_on)).mkdir()
+        config = write_run(
+            folder, tmp_path / "base", num_rows=60, dropout=0.1, gradient_checkpointing=is_on
+        )
+        model, rows = jolted(job_of(config)[0].new_model(None)), rows_of(config)
+        torch.manual_seed(2)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = model(rows, torch.ones(1 + H), False)
+        num_bytes.append(sum(event.self_cpu_memory_usage for event in profile.events()))
+        result.loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    assert all((gradients[0][name] - own).abs().max() <= 1e-6 for name, own in gradients[1].items())
+    assert num_bytes[0] < num_bytes[1] / 5  # measured: an eighth, for eight layers
+
+
 # ------------------------------------------------------------------------------------------------ wrong input
 
 
@@ -248,6 +272,14 @@ def test_targets_that_cannot_be_adapted_are_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=f"joint.targets is .*{message}"):
         train.run(write_run(tmp_path, tiny_base, targets=targets))
+
+
+def test_a_base_whose_layers_cannot_be_computed_again_is_refused_before_training(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", type("Unknown", (), {}))
+    with pytest.raises(UserError, match=r"joint.gradient_checkpointing is on.*Set it to false"):
+        train.run(write_run(tmp_path, tiny_base))
 
 
 def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path, tiny_base: Path) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import fsspec
@@ -197,6 +198,10 @@ class JointTrainer(nn.Module):
         self._logits: Callable[[Tensor], Tensor] = self._plain_logits if is_plain else self._own_logits
         torch.manual_seed(train.seed)  # half of an adapter begins at random
         self.base = adapted(loaded, joint, base, model.revision)
+        if joint.gradient_checkpointing:
+            for layer in layers_of(loaded):
+                # As transformers would, but it does so in training mode only, where layers have dropout of their own.
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.heads = MedusaHeads.load(warm_heads, self.dtype, device)
         if self.heads.shares_output:
             self.heads.init_from(output_VC.to(self.dtype))
@@ -353,6 +358,13 @@ class JointTrainer(nn.Module):
         return found
 
 
+def layers_of(base: Any) -> list[Any]:
+    """What transformers knows to be fit for a second computation: attention and MLP, again and again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def adapted(base: Any, joint: JointConfig, name: str, revision: str | None) -> Any:
     """The base with a fresh adapter, which changes nothing yet. Raises ValueError for targets that it does not have."""
     from peft import LoraConfig, get_peft_model
@@ -395,6 +407,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"joint.targets is {config.joint.targets!r}: {error}. Name linear layers of {base}."
         ) from error
+    if config.joint.gradient_checkpointing and not layers_of(model):
+        raise UserError(
+            f"joint.gradient_checkpointing is on, but {base} has no layers that transformers could compute a second "
+            "time. Set it to false."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- job
