@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ray import evaluate, hidden, parts, provenance, records, train
 from medusa_ray.chat import Chat
@@ -19,6 +19,7 @@ from medusa_ray.config import RunConfig, UserError, parse
 from medusa_ray.medusa import base as base_of
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import IGNORED
+from medusa_ray.medusa.states import has_plain_logits, logits_of
 from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.joint import JointJob, JointTrainer, RowForm, Rows
 from medusa_ray.train.journal import CURVE, read_curve
@@ -280,6 +281,50 @@ def test_a_base_whose_layers_cannot_be_computed_again_is_refused_before_training
     monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", type("Unknown", (), {}))
     with pytest.raises(UserError, match=r"joint.gradient_checkpointing is on.*Set it to false"):
         train.run(write_run(tmp_path, tiny_base))
+
+
+GEMMA = {"head_dim": 8, "pad_token_id": 0}
+KINDS = {
+    "gemma2": ("gemma2", GEMMA | {"final_logit_softcapping": 3.0}),
+    "gemma2, uncapped": ("gemma2", GEMMA | {"final_logit_softcapping": None}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "phi, whose output layer has a bias": ("phi", {}),
+    "qwen3_moe, whose body says more": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt2, whose body says more": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_done_to_logits_is_found_without_weights_and_refused_where_weights_are_sharded(
+    kind: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    """In the folder of the base is a config, and nothing else."""
+    model_type, more = KINDS[kind]
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(model_type, **shape | more)
+    config.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    output = model.get_output_embeddings()
+    states_NC = 10 * torch.randn(4, 32)
+    with torch.no_grad():
+        if output.bias is not None:
+            output.bias.fill_(1.0)
+        is_plain = torch.allclose(logits_of(model, states_NC), states_NC @ output.weight.T, atol=1e-4)
+    assert is_plain == (kind.split(",")[0] in ("qwen3_moe", "gpt2") or "uncapped" in kind)
+    assert has_plain_logits(model) == is_plain
+    for stage in (2, 3):
+        run = write_run(tmp_path, tiny_base, zero_stage=stage, dropout=0)  # without which peft adapts experts
+        run = run.model_copy(update={"model": run.model.model_copy(update={"base": str(tmp_path / "base")})})
+        if stage == 3 and not is_plain:
+            with pytest.raises(UserError, match=r"joint.zero_stage is 3, but .* Set joint.zero_stage to 2"):
+                train.run(run)
+        else:
+            joint.check(run)
 
 
 def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path, tiny_base: Path) -> None:

@@ -172,7 +172,7 @@ class JointTrainer(nn.Module):
         """
         super().__init__()
         from medusa_ray.medusa.base import load
-        from medusa_ray.medusa.states import PackedBase, logits_of
+        from medusa_ray.medusa.states import PackedBase, has_plain_logits
 
         self.train_config, self.joint, self.top_k = train, joint, top_k
         self.dtype = getattr(torch, train.dtype)
@@ -183,18 +183,7 @@ class JointTrainer(nn.Module):
         output_VC = loaded.get_output_embeddings().weight.detach()
         # Of its own, as ZeRO-3 takes the base's apart; elsewhere it is the very tensor.
         self.register_buffer("output_VC", output_VC, persistent=False)
-        probe_NC = torch.randn(4, output_VC.shape[1], generator=torch.Generator().manual_seed(0)).to(
-            output_VC
-        )
-        with torch.no_grad():
-            is_plain = torch.allclose(
-                logits_of(loaded, probe_NC), F.linear(probe_NC, output_VC), rtol=1e-2, atol=1e-3
-            )
-        if not is_plain and joint.zero_stage == 3:
-            raise ValueError(
-                f"{base} scales, caps or shifts what its output layer says, which joint training does by passes of "
-                "the base that ZeRO-3 cannot tell apart. Set joint.zero_stage to 2."
-            )
+        is_plain = has_plain_logits(loaded)
         self._logits: Callable[[Tensor], Tensor] = self._plain_logits if is_plain else self._own_logits
         torch.manual_seed(train.seed)  # half of an adapter begins at random
         self.base = adapted(loaded, joint, base, model.revision)
@@ -391,6 +380,7 @@ def check(config: RunConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     from medusa_ray.medusa.base import text_config, under_adapter
+    from medusa_ray.medusa.states import has_plain_logits
 
     assert config.joint is not None
     base, revision = config.model.base, config.model.revision
@@ -401,6 +391,11 @@ def check(config: RunConfig) -> None:
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text_config(base, revision))
+    if config.joint.zero_stage == 3 and not has_plain_logits(model):
+        raise UserError(
+            f"joint.zero_stage is 3, but {base} scales, caps or shifts what its output layer says, which joint "
+            "training does by passes of the base that ZeRO-3 cannot tell apart. Set joint.zero_stage to 2."
+        )
     try:
         adapted(model, config.joint, base, revision)
     except ValueError as error:
