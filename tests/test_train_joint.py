@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ray import evaluate, hidden, parts, provenance, records, train
@@ -238,18 +239,21 @@ def test_full_logits_never_exist(tiny_base: Path, tmp_path: Path, monkeypatch: p
     assert torch.allclose(whole.loss_sum_H, pieces.loss_sum_H, rtol=1e-5)
 
 
-def test_layers_computed_again_give_the_same_gradients_and_leave_little_behind(tmp_path: Path) -> None:
-    """With dropout, which has to be repeated. The profiler knows what of the forward pass is still allocated."""
-    (tmp_path / "base").mkdir()
+def write_deep_base(folder: Path) -> Path:
+    """Eight layers that are large beside what else there is."""
     shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=8)).save_pretrained(tmp_path / "base")
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=8)).save_pretrained(folder)
+    return folder
+
+
+def test_layers_computed_again_give_the_same_gradients_and_leave_little_behind(tmp_path: Path) -> None:
+    """With dropout, which has to be repeated. The profiler knows what of the forward pass is still allocated."""
+    base = write_deep_base(tmp_path / "base")
     gradients, num_bytes = [], []
     for is_on in (True, False):
         (folder := tmp_path / str(is_on)).mkdir()
-        config = write_run(
-            folder, tmp_path / "base", num_rows=60, dropout=0.1, gradient_checkpointing=is_on
-        )
+        config = write_run(folder, base, num_rows=60, dropout=0.1, gradient_checkpointing=is_on)
         model, rows = jolted(job_of(config)[0].new_model(None)), rows_of(config)
         torch.manual_seed(2)
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -372,13 +376,17 @@ def all_runs(rank: int, meeting: Path, runs: list[tuple[RunConfig, int]]) -> Non
 
 
 def spawn(tmp_path: Path, runs: list[tuple[RunConfig, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    start(all_runs, tmp_path, runs, runs[0][0].train.num_workers, monkeypatch)
+
+
+def start(rank_main: Any, tmp_path: Path, work: Any, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCHDYNAMO_DISABLE": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(all_runs, (tmp_path / "meeting", runs), nprocs=runs[0][0].train.num_workers)
+    torch.multiprocessing.spawn(rank_main, (tmp_path / "meeting", work), nprocs=num_ranks)
 
 
 def tensors_of(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -422,6 +430,50 @@ def test_a_resumed_run_is_the_same_run_and_keeps_nothing_of_the_base(
     # What is written is what was trained, for whoever loads a base.
     for config in folders[::2]:
         check_adapter(config)
+
+
+def sharded_model(rank: int, meeting: Path, config: RunConfig) -> None:
+    """Counts numbers of the base that this rank has, whenever it makes room for some or reads some."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    plain = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
+    whole, largest = plain.num_parameters(), max(weight.numel() for weight in plain.parameters())
+    load, read = base_of.load, torch.nn.Module._load_from_state_dict
+    weights: list[Any] = []
+    counts = []
+
+    def count(*_: Any) -> None:
+        nothing = torch.empty(0)
+        counts.append(sum(own.numel() + getattr(own, "ds_tensor", nothing).numel() for own in weights))
+
+    def made(_: Any, name: str, weight: torch.nn.Parameter) -> None:
+        weights.append(weight)
+        count()
+
+    def counted(*arguments: Any) -> Any:
+        handle = register_module_parameter_registration_hook(made)
+        torch.nn.Module._load_from_state_dict = lambda *arguments: count() or read(*arguments)
+        loaded = load(*arguments)
+        torch.nn.Module._load_from_state_dict = read
+        handle.remove()
+        return loaded
+
+    base_of.load = counted
+    model = job_of(config)[0].new_model(None)
+    count()
+    assert len(counts) > len(weights) > 0
+    assert whole / 2 <= counts[-1] < 0.51 * whole
+    assert max(counts) <= 0.51 * whole + 2 * largest
+    assert torch.equal(model.output_VC, plain.get_output_embeddings().weight)
+
+
+@pytest.mark.timeout(600)
+def test_no_rank_ever_holds_a_whole_base_that_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 would take it apart later too, where it would no longer help."""
+    config = write_run(tmp_path, write_deep_base(tmp_path / "base"), zero_stage=3, num_workers=2)
+    start(sharded_model, tmp_path, config, 2, monkeypatch)
 
 
 def check_adapter(config: RunConfig) -> None:

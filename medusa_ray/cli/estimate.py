@@ -147,8 +147,9 @@ def arithmetic(run: RunConfig, base: Base, amount: Amount) -> list[tuple[str, st
             f"{amount.most}{flops / 1e15:,.2f} PFLOP, {flops / SUSTAINED_FLOPS / 3600:,.2f} hours of one H100"
         )
 
-    # Rows pass with the adapter, without it, and back through it.
-    joint = run.joint.epochs * amount.num_tokens * 3 * base_pass if run.joint else 0
+    # Rows pass with the adapter, without it, and back through it; and with it again where activations are not kept.
+    num_passes = 4 if run.joint and run.joint.gradient_checkpointing else 3
+    joint = run.joint.epochs * amount.num_tokens * num_passes * base_pass if run.joint else 0
     return [
         ("arithmetic of the states", shown(states)),
         ("arithmetic of the heads", shown(heads)),

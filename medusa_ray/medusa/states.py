@@ -72,7 +72,7 @@ class PackedBase:
         """pass_tokens: of one forward pass, padding included."""
         self.model = model.eval().requires_grad_(False)
         self.pass_tokens = pass_tokens
-        self.is_packable = self._is_packable()
+        self.is_packable = is_packable(self.model)
 
     @property
     def hidden_size(self) -> int:
@@ -109,20 +109,21 @@ class PackedBase:
     def _run(self, rows: list[list[Tokens]], wanted: list[list[list[int]]], has_positions: bool) -> Tensor:
         return states_of_pass(self.model, rows, wanted, has_positions)
 
-    def _is_packable(self) -> bool:
-        """Whether two sequences in a row have the states that they have alone, measured: no list of names decides."""
-        vocab_size = self.model.get_output_embeddings().weight.shape[0]
-        tokens = torch.arange(1, 13).remainder(vocab_size).tolist()
-        first, second = tokens[:5], tokens[5:]
-        every = list(range(len(second)))
-        alone_NC = self._run([[second]], [[every]], False)
-        running_on_NC = self._run([[tokens]], [[[len(first) + position for position in every]]], False)
-        try:
-            packed_NC = self._run([[first, second]], [[[], every]], True)
-        except (TypeError, ValueError):  # it takes no positions
-            return False
-        off, most = ((some_NC - alone_NC).float().norm() for some_NC in (packed_NC, running_on_NC))
-        return bool(off <= MOST_OF_RUNNING_ON * most)
+
+@torch.no_grad()
+def is_packable(model: PreTrainedModel) -> bool:
+    """Whether two sequences in a row have the states that they have alone, measured: no list of names decides."""
+    tokens = torch.arange(1, 13).remainder(model.config.get_text_config().vocab_size).tolist()
+    first, second = tokens[:5], tokens[5:]
+    every = list(range(len(second)))
+    alone_NC = states_of_pass(model, [[second]], [[every]], False)
+    running_on_NC = states_of_pass(model, [[tokens]], [[[len(first) + place for place in every]]], False)
+    try:
+        packed_NC = states_of_pass(model, [[first, second]], [[[], every]], True)
+    except (TypeError, ValueError):  # it takes no positions
+        return False
+    off, most = ((some_NC - alone_NC).float().norm() for some_NC in (packed_NC, running_on_NC))
+    return bool(off <= MOST_OF_RUNNING_ON * most)
 
 
 def states_of_pass(

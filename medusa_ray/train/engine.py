@@ -90,16 +90,11 @@ def start(model: Any, train: TrainConfig, device: str) -> Any:
     """A DeepSpeed engine around a model that names what is trained of it by `groups`."""
     import deepspeed  # here, since it looks for an accelerator, which the driver need not have
 
-    # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler.
-    # Training never calls it. deepspeed 0.19 has no switch for that; drop this when it has one.
-    comm: Any = importlib.import_module("deepspeed.comm.torch")
-    if device == "cpu" and hasattr(comm, "build_shm_op"):
-        comm.build_shm_op = lambda: None
     if device == "cpu":
         torch.set_num_threads(1)  # a worker has one CPU
     torch.backends.cuda.matmul.allow_tf32 = train.tf32
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    meet(device)
     config = deepspeed_config(train)
     optimizer = None
     if "optimizer" not in config:
@@ -110,6 +105,18 @@ def start(model: Any, train: TrainConfig, device: str) -> Any:
     )[0]
     set_step(engine, 0)  # ZeRO 0 in bf16 has taken a step already, of nothing, that Adam would count
     return engine
+
+
+def meet(device: str) -> None:
+    """Has DeepSpeed talk to the other ranks the way that torch does."""
+    import deepspeed
+
+    # On a CPU DeepSpeed compiles an operator of its inference for a minute, and fails without a compiler.
+    # Training never calls it. deepspeed 0.19 has no switch for that; drop this when it has one.
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    if device == "cpu" and hasattr(comm, "build_shm_op"):
+        comm.build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
 
 
 def new_optimizer(groups: list[Any], train: TrainConfig) -> torch.optim.Optimizer:

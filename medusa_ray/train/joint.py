@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import fsspec
@@ -39,7 +39,7 @@ from medusa_ray.medusa.loss import (
 )
 from medusa_ray.states import leaves_labels
 from medusa_ray.train.corpus import is_held_out, share_held_out
-from medusa_ray.train.engine import Group, Seen
+from medusa_ray.train.engine import Group, Seen, deepspeed_config, meet
 from medusa_ray.train.feed import Source, Wanted, from_disk
 from medusa_ray.train.order import Ints
 from medusa_ray.train.rows import Batch
@@ -172,21 +172,29 @@ class JointTrainer(nn.Module):
         """
         super().__init__()
         from medusa_ray.medusa.base import load
-        from medusa_ray.medusa.states import PackedBase, has_plain_logits
+        from medusa_ray.medusa.states import has_plain_logits
 
         self.train_config, self.joint, self.top_k = train, joint, top_k
         self.dtype = getattr(torch, train.dtype)
         base_dtype = torch.bfloat16 if train.dtype == "bfloat16" else getattr(torch, model.dtype)
-        loaded = load(base, base_dtype, device, model.revision, model.quantization)
-        self.is_packable = PackedBase(loaded).is_packable
-        self.num_base_parameters = loaded.num_parameters(exclude_embeddings=True)
-        output_VC = loaded.get_output_embeddings().weight.detach()
+        bare = without_weights(base, model.revision)
+        self.num_base_parameters = bare.num_parameters(exclude_embeddings=True)
+        self._logits: Callable[[Tensor], Tensor] = (
+            self._plain_logits if has_plain_logits(bare) else self._own_logits
+        )
+        # DeepSpeed takes a base apart as it loads in its own dtype only, and not in four bits.
+        is_sharded = joint.zero_stage == 3 and dist.is_initialized()
+        if is_sharded and model.quantization == "none" and base_dtype == self.dtype:
+            with taken_apart(train, device):
+                loaded = load(base, base_dtype, device, model.revision).requires_grad_(False)
+            output_VC = whole(loaded.get_output_embeddings().weight)
+        else:
+            loaded = load(base, base_dtype, device, model.revision, model.quantization).requires_grad_(False)
+            output_VC = loaded.get_output_embeddings().weight.detach()
         # Of its own, as ZeRO-3 takes the base's apart; elsewhere it is the very tensor.
         self.register_buffer("output_VC", output_VC, persistent=False)
-        is_plain = has_plain_logits(loaded)
-        self._logits: Callable[[Tensor], Tensor] = self._plain_logits if is_plain else self._own_logits
         torch.manual_seed(train.seed)  # half of an adapter begins at random
-        self.base = adapted(loaded, joint, base, model.revision)
+        self.base, self.is_adapted = adapted(loaded, joint, base, model.revision), True
         if joint.gradient_checkpointing:
             for layer in layers_of(loaded):
                 # As transformers would, but it does so in training mode only, where layers have dropout of their own.
@@ -195,6 +203,14 @@ class JointTrainer(nn.Module):
         if self.heads.shares_output:
             self.heads.init_from(output_VC.to(self.dtype))
         self.train()
+
+    @cached_property
+    def is_packable(self) -> bool:
+        """Measured in the first pass, since there is no other before DeepSpeed can put a base together."""
+        from medusa_ray.medusa.states import is_packable
+
+        with self._without_adapter():
+            return is_packable(self.base.get_base_model())
 
     @property
     def flops_per_position(self) -> float:
@@ -273,11 +289,14 @@ class JointTrainer(nn.Module):
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
+        was_adapted, self.is_adapted = self.is_adapted, False
         self.base.base_model.disable_adapter_layers()
         try:
             yield
         finally:
-            self.base.base_model.enable_adapter_layers()
+            self.is_adapted = was_adapted
+            if was_adapted:  # one such context may be inside another
+                self.base.base_model.enable_adapter_layers()
 
     def _divergence(
         self, states_NC: Tensor, own_NC: Tensor, label_N: Tensor
@@ -347,6 +366,35 @@ class JointTrainer(nn.Module):
         return found
 
 
+def without_weights(base: str, revision: str | None) -> Any:
+    """The model of a base on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    from medusa_ray.medusa.base import text_config
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text_config(base, revision))
+
+
+@contextmanager
+def taken_apart(train: TrainConfig, device: str) -> Iterator[None]:
+    """A context in which each rank keeps its part of a model as transformers loads it, and never has the whole."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    meet(device)
+    config: Any = HfDeepSpeedConfig(deepspeed_config(train))
+    yield
+    del config  # transformers goes by whether there is one
+
+
+def whole(weight: Any) -> Tensor:
+    """A copy of a weight that was taken apart."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
 def layers_of(base: Any) -> list[Any]:
     """What transformers knows to be fit for a second computation: attention and MLP, again and again."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -377,9 +425,7 @@ def adapted(base: Any, joint: JointConfig, name: str, revision: str | None) -> A
 
 def check(config: RunConfig) -> None:
     """Raises UserError for a base or for joint.targets that cannot be trained, no weight being loaded for that."""
-    from transformers import AutoModelForCausalLM
-
-    from medusa_ray.medusa.base import text_config, under_adapter
+    from medusa_ray.medusa.base import under_adapter
     from medusa_ray.medusa.states import has_plain_logits
 
     assert config.joint is not None
@@ -389,8 +435,7 @@ def check(config: RunConfig) -> None:
             f"model.base is {base}, an adapter, and joint training would put another one on top. Merge it, save the "
             "model, and set model.base to that folder."
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text_config(base, revision))
+    model = without_weights(base, revision)
     if config.joint.zero_stage == 3 and not has_plain_logits(model):
         raise UserError(
             f"joint.zero_stage is 3, but {base} scales, caps or shifts what its output layer says, which joint "
