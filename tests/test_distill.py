@@ -256,9 +256,11 @@ def test_rows_of_another_config_are_refused_and_not_removed(tmp_path: Path, tiny
     """A typo would otherwise cost what hours have generated."""
     make_prompts(tmp_path, tiny_base)
     config = config_of(tmp_path, tiny_base)
-    start = lambda config: distill.begin(  # noqa: E731
-        config, config.artifact("distilled"), config.artifact("hidden"), *distill.identity(config)
-    )
+
+    def start(config: RunConfig) -> set[str]:
+        folders = config.artifact("distilled"), config.artifact("hidden")
+        return distill.begin(config, *folders, *distill.identity(config))
+
     assert start(config) == set()
     generator = worker(config)
     for shard in list(distill.plan(f"{tmp_path}/prompts/train", 4))[:2]:

@@ -42,6 +42,16 @@ def test_a_fatal_row_is_closed_in_on_and_set_aside(tmp_path: Path) -> None:
     assert list(start(tmp_path).groups(ROWS, 4)) == [ROWS]
 
 
+def test_attempts_are_kept_wherever_parts_are() -> None:
+    """Object stores have no folders and append to nothing."""
+    for _ in range(2 + DEATHS):
+        die(Attempts("memory://bucket/distilled", "part-000000", "run", "n1", lambda: {"n1"}), 6)
+    last = Attempts("memory://bucket/distilled", "part-000000", "run", "n1", lambda: {"n1"})
+    assert last.fatal == {6: DEATHS}
+    last.end()
+    assert Attempts("memory://bucket/distilled", "part-000000", "run", "n1", lambda: {"n1"}).num_earlier == 0
+
+
 def test_two_fatal_rows_of_one_group_are_both_found(tmp_path: Path) -> None:
     for _ in range(20):
         attempts = start(tmp_path)

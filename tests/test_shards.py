@@ -71,6 +71,23 @@ def test_no_shards_need_no_pipeline() -> None:
     assert list(shards.run("data", [], lambda: dict, compute=None)) == []
 
 
+def test_progress_tells_how_far_how_fast_and_how_much_longer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first result comes when the workers have loaded, which says nothing of the rate."""
+    clock = [0.0]
+    monkeypatch.setattr(shards.time, "monotonic", lambda: clock[0])
+    caplog.set_level("INFO", "medusa_ray")
+    progress = shards._Progress("distill", 10)
+    for clock[0] in (100.0, 102.0, 104.0, 106.0):
+        progress.log({"rows": {"in": 8, "good": 7}})
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "stage=distill shards=1 of=10 seconds=100.0 rows=8 errors=1",
+        "stage=distill shards=4 of=10 seconds=106.0 eta_s=12 rows=32 errors=4 rows_per_s=4.0",
+    ]
+
+
 @pytest.mark.ray
 def test_a_users_mistake_in_a_worker_reaches_the_user(ray_cluster: None) -> None:
     """Ray Data wraps what a worker raises; the user would read a page of traceback."""
