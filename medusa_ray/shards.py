@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -268,7 +268,7 @@ def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
     return _results(results)
 
 
-def _results(results: list[str | None], mistake: str | None = None, is_of_storage: bool = False) -> pa.Table:
+def _results(results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False) -> pa.Table:
     return pa.table(
         {
             "result": pa.array(results, pa.string()),
