@@ -34,7 +34,7 @@ BAD = 7  # index of a prompt that came with an error
 HUGE = 11  # index of a prompt that no engine can serve
 
 
-def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
+def make_prompts(folder: Path | str, base: Path) -> list[dict[str, Any]]:
     """Two files of prompts, as the data stage writes them."""
     chat = Chat.load(str(base))
     rows = []
@@ -59,7 +59,7 @@ def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def config_of(folder: Path, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
+def config_of(folder: Path | str, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
     options = {"batch_size": 1, "rows_per_part": 4, "max_new_tokens": 12, **options}
     return RunConfig.model_validate(
         {
