@@ -406,7 +406,7 @@ class JointConfig(Strict):
     """Medusa-2: once `train` has trained the heads alone, a LoRA adapter on the base and the heads, together.
 
     The base stays near itself by its divergence from itself without the adapter. What is not said here is as in
-    `train`: workers, dtype, seed, held-out chats, what is logged and saved.
+    `train`: workers, dtype, labels, seed, held-out chats, what is logged and saved.
     """
 
     epochs: int = Field(2, gt=0, description="Passes over the distilled rows.")
@@ -429,6 +429,12 @@ class JointConfig(Strict):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage of base, adapter and heads; 3 shards the base."
+    )
+    gradient_checkpointing: bool = Field(
+        True,
+        description="Keep each layer's input only, and compute the layer again on the way back. A third more "
+        "arithmetic; without it 2,048 tokens of a 7 B base leave some 9 GiB behind, and the first run of most would "
+        "be out of memory.",
     )
 
 
@@ -536,6 +542,36 @@ class RunConfig(Strict):
 # ---------------------------------------------------------------------------------------------------- serving
 
 
+class TrafficLogConfig(Strict):
+    """Chats that a server has answered, kept to train on. Without this section nothing is kept."""
+
+    uri: str = Field(description="Folder that takes Parquet files; as `data.train` it trains the next heads.")
+    share: float = Field(
+        1.0, ge=0, le=1, description="Share of the chats that is kept, chosen by the reply's id."
+    )
+    redact: str | None = Field(
+        None,
+        description="module:function, importable by the replicas. It gets each row as a dict and returns what is kept "
+        "of it, or None for nothing.",
+    )
+    max_rows: int = Field(10_000, gt=0, description="A file is written when it has so many chats,")
+    max_seconds: float = Field(
+        300, gt=0, description="or so long after its first one; a replica that is killed loses as much."
+    )
+    max_buffer_mib: int = Field(
+        64, gt=0, description="Memory for chats not yet written; what does not fit is left out and counted."
+    )
+
+    @model_validator(mode="after")
+    def _redact_names_a_function(self) -> "TrafficLogConfig":
+        if self.redact is not None and not re.fullmatch(r"[\w.]+:\w+", self.redact):
+            raise ValueError(
+                f"traffic_log.redact is {self.redact!r}; expected 'module:function', for example "
+                "'privacy:without_emails'."
+            )
+        return self
+
+
 class EngineConfig(Strict):
     """`args` of an application: one engine and the protocol in front of it."""
 
@@ -565,6 +601,9 @@ class EngineConfig(Strict):
     )
     threads: int | None = Field(
         None, gt=0, description="torch threads on a CPU; null leaves torch's own choice."
+    )
+    traffic_log: TrafficLogConfig | None = Field(
+        None, description="Keeps the chats that are answered; null, the default, keeps nothing."
     )
 
 

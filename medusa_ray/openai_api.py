@@ -396,10 +396,12 @@ class Envelope:
         self._has_logprobs = request.num_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
         self._num_characters = 0  # of the tokens whose logprobs were sent
+        self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
         self._base = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": self.id,
             "object": "chat.completion" if self._is_chat else "text_completion",
-            "created": int(time.time()),
+            "created": self.created,
             "model": request.model,
         }
 

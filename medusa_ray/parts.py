@@ -5,6 +5,7 @@ same name, so killing a writer neither loses nor repeats one.
 """
 
 import os
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import fsspec
@@ -98,9 +99,14 @@ def write(folder: str, name: str, table: pa.Table) -> None:
     filesystem, path = fsspec.core.url_to_fs(f"{folder}/{name}.parquet")
     filesystem.makedirs(os.path.dirname(path), exist_ok=True)
     unfinished = provenance.unfinished_name(path)
-    with filesystem.open(unfinished, "wb") as file:
-        pq.write_table(table, file)
-    filesystem.mv(unfinished, path)
+    try:
+        with filesystem.open(unfinished, "wb") as file:
+            pq.write_table(table, file)
+        filesystem.mv(unfinished, path)
+    except BaseException:
+        with suppress(Exception):  # where nothing can be written, nothing may be removable either
+            filesystem.rm_file(unfinished)  # a full disk is to stay no fuller for another try
+        raise
 
 
 def names(folder: str) -> list[str]:

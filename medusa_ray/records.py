@@ -30,6 +30,18 @@ PROMPTS = pa.schema(
     ]
 )
 
+# <traffic_log.uri>/train-*.parquet: one row per chat that a server has answered; `data` reads the folder as it is.
+# There are no token ids: what a redaction hook takes out of the text is to have no second copy.
+TRAFFIC = pa.schema(
+    [
+        ("id", pa.string()),  # of the reply, as its client got it
+        ("messages", MESSAGES),  # the request's, and the reply as the assistant's last
+        ("model", pa.string()),  # as the request named it
+        ("created", pa.int64()),  # when the request came, seconds since 1970
+        ("finish_reason", pa.string()),  # stop | length | deadline
+    ]
+)
+
 # distilled/*.parquet: one row per reply.
 DISTILLED = pa.schema(
     [

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ from medusa_ray.medusa.engine import Engine, Request
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope, Reply
+from medusa_ray.traffic import TrafficLog
 
 log = logging.getLogger("medusa_ray")
 
@@ -52,8 +53,10 @@ Piece = tuple[str, Reply]  # text that may be shown after a step, and the reply 
 class Server:
     """Checked requests -> replies of one engine. Knows neither HTTP nor Ray."""
 
-    def __init__(self, engine: Engine, chat: Chat, args: EngineConfig) -> None:
-        self.engine, self.chat, self.args = engine, chat, args
+    def __init__(
+        self, engine: Engine, chat: Chat, args: EngineConfig, traffic: TrafficLog | None = None
+    ) -> None:
+        self.engine, self.chat, self.args, self.traffic = engine, chat, args, traffic
         self.names = [args.model_id, *args.aliases]
         self.num_skipped_tokens = 0  # tokens that came with another one in the same step
         self.num_iterations = 0  # steps of a request, its prefill included
@@ -62,6 +65,8 @@ class Server:
     @classmethod
     def load(cls, args: EngineConfig) -> "Server":
         """Raises ValueError or OSError for what cannot be served."""
+        # First, since a hook that cannot be imported is found in no time, and a base takes minutes to load.
+        traffic = TrafficLog(args.traffic_log) if args.traffic_log else None
         if args.threads:
             torch.set_num_threads(args.threads)
         device = args.device
@@ -79,7 +84,7 @@ class Server:
             shares_prefixes=args.shares_prefixes,
             max_waiting=args.max_queued_requests,
         )
-        return cls(engine, Chat.load(args.base), args)
+        return cls(engine, Chat.load(args.base), args, traffic)
 
     async def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[Piece]:
         """The text of each step. Closing the generator cancels the request.
@@ -106,6 +111,25 @@ class Server:
             raise ApiError(429, f"{error}; try again in {RETRY_AFTER_S} s.", code="queue_full") from None
         except RuntimeError as error:  # the engine has failed
             raise ApiError(503, str(error), code="engine_failed") from None
+
+    def logged(
+        self, pieces: AsyncGenerator[Piece], request: ChatRequest | CompletionRequest, envelope: Envelope
+    ) -> AsyncGenerator[Piece]:
+        """The same pieces; with the last of them the chat goes to the traffic log, if that takes it."""
+        if self.traffic is None or not self.traffic.samples(envelope.id):
+            return pieces
+        if isinstance(request, CompletionRequest):
+            self.traffic.drop("text_completion")
+        elif (request.model_extra or {}).get("store") is False:
+            self.traffic.drop("opted_out")
+        else:
+            return _logged(self.traffic, pieces, request, envelope)
+        return pieces
+
+    def close(self) -> None:
+        """Writes what the traffic log still holds. Takes seconds when storage is slow."""
+        if self.traffic:
+            self.traffic.close()
 
     def _admit(self, request: ChatRequest | CompletionRequest) -> Request:
         """The request as the engine takes it. Raises ApiError when it cannot be served, QueueFull when not now."""
@@ -163,6 +187,7 @@ class Server:
             "max_batch_size": self.args.max_batch_size,
             "max_queued_requests": self.args.max_queued_requests,
             "max_total_tokens": engine.max_total_tokens,
+            "logged_share": self.traffic.config.share if self.traffic else 0.0,
         }
 
     def collect(self) -> Iterator[Metric]:
@@ -198,6 +223,41 @@ class Server:
             gauge = GaugeMetricFamily(name, "Requests now.", labels=["model_name"])
             gauge.add_metric(label, value)
             yield gauge
+        if self.traffic:
+            dropped = {(reason,): n for reason, n in self.traffic.num_dropped.items()}
+            yield counter("traffic_logged", "Chats in the log's files.", {(): self.traffic.num_logged})
+            yield counter("traffic_dropped", "Sampled chats that are in none.", dropped, "reason")
+            yield counter(
+                "traffic_failed_writes", "Attempts to write a file.", {(): self.traffic.num_failed_writes}
+            )
+
+
+async def _logged(
+    traffic: TrafficLog, pieces: AsyncGenerator[Piece], request: ChatRequest, envelope: Envelope
+) -> AsyncGenerator[Piece]:
+    texts: list[str] = []
+    is_whole = False
+    try:
+        async with aclosing(pieces):
+            async for text, reply in pieces:
+                texts.append(text)
+                if reply.finish_reason:
+                    # Before it is sent: many a client hangs up on the last event, and nothing runs after that.
+                    is_whole = True
+                    messages = [*request.chat, {"role": "assistant", "content": "".join(texts)}]
+                    traffic.add(
+                        {
+                            "id": envelope.id,
+                            "messages": messages,
+                            "model": request.model,
+                            "created": envelope.created,
+                            "finish_reason": reply.finish_reason,
+                        }
+                    )
+                yield text, reply
+    finally:
+        if texts and not is_whole:
+            traffic.drop("cut_off")
 
 
 # -------------------------------------------------------------------------------------------------- HTTP
@@ -205,7 +265,13 @@ class Server:
 
 def build_api(server: Server) -> FastAPI:
     """The routes of one server, every error in OpenAI's shape."""
-    api = FastAPI(title="medusa_ray", openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.close)
+
+    api = FastAPI(title="medusa_ray", openapi_url=None, lifespan=lifespan)
     registry = CollectorRegistry()
     registry.register(server)  # type: ignore[arg-type]  # a collector is anything with `collect`
 
@@ -251,7 +317,7 @@ async def _respond(
     try:
         request = openai_api.parse(kind, await _body(http))
         envelope = Envelope(request)
-        pieces = server.answer(request)
+        pieces = server.logged(server.answer(request), request, envelope)
         if request.stream:
             first = await _unless_gone(http, anext(pieces))
             return EventStream(first, pieces, envelope)

@@ -106,6 +106,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # whatever other cluster this machine has
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=300 * 2**20,

@@ -106,7 +106,7 @@ def assert_same(ours: RunConfig, theirs: RunConfig) -> None:
     our_states, their_states = rows_of(ours, "hidden"), rows_of(theirs, "hidden")
     for our_row, their_row in zip(our_states, their_states, strict=True):
         ours_N, theirs_N = (np.frombuffer(row.pop("hidden"), np.float32) for row in (our_row, their_row))
-        np.testing.assert_allclose(ours_N, theirs_N, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(ours_N, theirs_N, rtol=0, atol=2e-5)  # measured 8e-6 where states reach 7
     assert our_states == their_states
 
 

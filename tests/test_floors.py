@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "medusa_ray"
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
 FLOORS = {
-    PAPER: {"card", "config", "records", "provenance", "parts", "report"},
+    PAPER: {"card", "config", "records", "provenance", "parts", "report", "traffic"},
     MATHS: {
         f"medusa.{name}"
         for name in (

@@ -64,6 +64,7 @@ def test_a_part_that_could_not_be_written_whole_is_not_there(
         with pytest.raises(OSError, match="no space"):
             parts.write(str(tmp_path), name, TABLE.slice(1))
     assert parts.names(str(tmp_path)) == ["part-000000"]
+    assert [file.name for file in tmp_path.iterdir()] == ["part-000000.parquet"]
     assert parts.read(str(tmp_path), "part-000000") == TABLE
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from medusa_ray import distill, hidden, parts, provenance, records, train
 from medusa_ray.config import HeadsConfig, RunConfig, TrainConfig, UserError, parse
@@ -513,7 +515,7 @@ def what_is_learnt(config: RunConfig) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in clocks} for record in curve_of(config)]
 
 
-def reference_losses(config: RunConfig) -> list[float]:
+def reference_figures(config: RunConfig) -> list[dict[str, Any]]:
     """A single process and plain torch, on the batches that all workers take at a step."""
     output_VC = train.read_output_layer(config.model)
     heads = MedusaHeads(num_heads=3, hidden_size=V, vocab_size=V)
@@ -521,18 +523,23 @@ def reference_losses(config: RunConfig) -> list[float]:
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.0)
     feeds = [feed_of(config, rank) for rank in range(config.train.num_workers)]
     steps = [steps_of(feed, epoch_of(config), batch_size=config.train.batch_size) for feed in feeds]
-    losses = []
+    figures = []
     for number, shares in enumerate(zip(*steps, strict=True)):
         whole = joined([batch for micro_batches in shares for batch in micro_batches])
         logits_NHV = heads(whole.hidden_NC)
-        loss = sum(0.8**h * F.cross_entropy(logits_NHV[:, h], whole.labels_NH[:, h]) for h in range(3))
-        losses.append(loss.item())
+        head_loss = [F.cross_entropy(logits_NHV[:, h], whole.labels_NH[:, h]) for h in range(3)]
+        loss = sum(0.8**h * head_loss[h] for h in range(3))
+        figures.append({"loss": loss.item(), "head_loss": [own.item() for own in head_loss]})
+        for best in (1, 5):
+            is_hit_NH = (logits_NHV.topk(best).indices == whole.labels_NH.unsqueeze(2)).any(dim=2)
+            num_labels_H = (whole.labels_NH != IGNORED).sum(dim=0)
+            figures[-1][f"top{best}"] = (is_hit_NH.sum(dim=0) / num_labels_H).tolist()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(number, len(curve_of(config)), config.train)
         optimizer.step()
-    return losses
+    return figures
 
 
 def one_rank(rank: int, meeting: Path, configs: list[RunConfig]) -> None:
@@ -578,11 +585,73 @@ def test_twenty_steps_lose_what_a_single_process_loses(
         (tmp_path / str(stage)).mkdir()
         configs.append(write_run(tmp_path / str(stage), **settings, zero_stage=stage, learning_rate=0.01))
     train_without_ray(tmp_path, configs, monkeypatch)
-    expected = reference_losses(configs[0])
+    expected = reference_figures(configs[0])
     assert len(expected) == 20
-    assert expected[-1] < 0.9 * expected[0]
+    assert expected[-1]["loss"] < 0.9 * expected[0]["loss"]
     for config in configs:
-        assert [record["loss"] for record in curve_of(config)] == pytest.approx(expected, abs=1e-5)
+        for record, figures in zip(curve_of(config), expected, strict=True):
+            for name, figure in figures.items():
+                assert record[name] == pytest.approx(figure, abs=1e-5)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what has Python wait for a device: every number of a tensor that it wants to know."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+    num = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+class PlainEngine:
+    """Stands for DeepSpeed's, which waits for the device in its own ways."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: HeadTrainer) -> None:
+        self.module = module
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        """What the optimizer does is none of the worker's."""
+
+
+def test_a_step_waits_for_the_device_once_whatever_it_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect D10: the script did so for each head of each micro-batch."""
+
+    def num_reads(num_batches: int, num_heads: int, is_logged: bool) -> int:
+        heads = HeadsConfig(num_heads=num_heads)
+        run = object.__new__(Run)
+        run.engine = PlainEngine(HeadTrainer(heads, TrainConfig(dtype="float32"), torch.randn(V, V), None))
+        run.job = replace(Job.of(config, corpus_of(config), None, "cpu"), heads=heads)
+        run.train, run.rank, run.stop = run.job.train, 0, None
+        run.state, run.weight_W = State(0, run.job.epoch(0), 0, []), run.engine.module.weights()
+        batch = Batch(torch.randn(5, V), torch.randint(0, V, (5, num_heads)), None, np.arange(5))
+        with Reads() as reads:
+            outcome = run._step([batch] * num_batches, is_logged)
+        assert (outcome.figures is not None) == is_logged
+        return reads.num
+
+    config = write_run(tmp_path)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    assert num_reads(1, 1, False) == num_reads(4, 3, False) == 1
+    assert num_reads(1, 1, True) == num_reads(4, 3, True) == 5  # and loss, head_loss, top1 and top5
+
+
+def test_the_driver_gets_along_without_deepspeed() -> None:
+    """Defect D11: it looks for an accelerator, and where heads are only loaded it need not even be installed."""
+    code = "import sys; sys.modules['deepspeed'] = None; import medusa_ray.train, medusa_ray.serve, medusa_ray.evaluate"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.timeout(600)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ray import evaluate, hidden, parts, provenance, records, train
 from medusa_ray.chat import Chat
@@ -19,16 +19,23 @@ from medusa_ray.config import RunConfig, UserError, parse
 from medusa_ray.medusa import base as base_of
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.loss import IGNORED
+from medusa_ray.medusa.states import has_plain_logits, logits_of
 from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.joint import JointJob, JointTrainer, RowForm, Rows
 from medusa_ray.train.journal import CURVE, read_curve
+from medusa_ray.train.watch import judge
 from medusa_ray.train.worker import Run
 
 V, H = 262, 2
 
 
 def write_run(
-    folder: Path, base: Path, num_rows: int = 24, heads: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    base: Path,
+    num_rows: int = 24,
+    heads: dict[str, Any] | None = None,
+    top_k: int = 0,
+    **settings: Any,
 ) -> RunConfig:
     """distilled/, of tokens that count on, and fresh heads where warm ones belong."""
     draw = np.random.default_rng(0)
@@ -49,6 +56,7 @@ def write_run(
         "output": str(folder),
         "model": {"base": str(base), "device": "cpu", "dtype": "float32"},
         "data": {"train": "unused"},
+        "hidden": {"top_k": top_k},
         "heads": {"num_heads": H, **(heads or {})},
         "train": {
             "num_workers": 1,
@@ -67,7 +75,9 @@ def write_run(
         },
     }
     raw["train"] |= {
-        key: raw["joint"].pop(key) for key in ("num_workers", "held_out", "save_steps") if key in raw["joint"]
+        key: raw["joint"].pop(key)
+        for key in ("num_workers", "held_out", "save_steps", "labels")
+        if key in raw["joint"]
     }
     config = parse(RunConfig, raw, "test")
     layout = config.heads.model_dump(exclude={"draft_vocab_size"})
@@ -166,12 +176,25 @@ def test_without_the_adapter_the_base_is_itself_to_the_bit(tiny_base: Path, tmp_
         assert not torch.allclose(model.states(Rows([row])), own_NC, atol=0.1)
 
 
-@pytest.mark.parametrize("is_packable", [True, False])
+def loss_of(head_V: torch.Tensor, label: int, own_V: torch.Tensor, labels: str) -> torch.Tensor:
+    """Of what a head says of a label, where the base itself says own_V: KL(base || head), the base's four likeliest
+    tokens one by one and all others as one."""
+    if labels == "hard":
+        return -head_V[label].log()
+    named = own_V.argsort()[-4:].tolist()
+    others = [token for token in range(V) if token not in named]
+    base, head = ([*(p_V[token] for token in named), p_V[others].sum()] for p_V in (own_V, head_V))
+    return sum(p * (p / q).log() for p, q in zip(base, head, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_packable"), [("hard", True), ("hard", False), ("soft", True), ("soft", False)]
+)
 def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(
-    is_packable: bool, tiny_base: Path, tmp_path: Path
+    labels: str, is_packable: bool, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packing, positions and labels are all in it. The oracle knows none of them."""
-    job, _ = job_of(config := write_run(tmp_path, tiny_base))
+    job, _ = job_of(config := write_run(tmp_path, tiny_base, labels=labels, top_k=4))
     model = jolted(job.new_model(None)).eval()
     model.is_packable = is_packable
     rows = rows_of(config)
@@ -190,11 +213,16 @@ def test_the_loss_is_that_of_plain_passes_one_row_at_a_time(
             logits_NHV = model.heads(adapted.hidden_states[-1][0])
             for head in range(H):
                 for t in range(first, len(row.input_ids) - 2 - head):
-                    sums_W[1 + head] -= logits_NHV[t, head].log_softmax(-1)[row.input_ids[t + 2 + head]]
+                    asked = t + 2 + head
+                    said_V, own_V = logits_NHV[t, head].softmax(-1), own[asked - 1 - first]
+                    sums_W[1 + head] += loss_of(said_V, row.input_ids[asked], own_V, labels)
     assert torch.allclose(found.loss_sum_H, sums_W, rtol=1e-4)
     assert found.loss.item() == pytest.approx((sums_W @ weight_W).item(), rel=1e-4)
     assert found.top1_H[0] == top1
     assert model.num_losses(rows).tolist() == found.num_labels_H.tolist()
+    monkeypatch.setattr(joint.dist, "all_reduce", lambda *_: None)
+    held_out = [judge(model.heads, batch)[0] for batch, _ in model.seen([rows])]
+    assert torch.allclose(sum(held_out)[0], sums_W[1:], rtol=1e-4)
 
 
 def test_full_logits_never_exist(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +238,30 @@ def test_full_logits_never_exist(tiny_base: Path, tmp_path: Path, monkeypatch: p
     assert torch.allclose(whole.loss_sum_H, pieces.loss_sum_H, rtol=1e-5)
 
 
+def test_layers_computed_again_give_the_same_gradients_and_leave_little_behind(tmp_path: Path) -> None:
+    """With dropout, which has to be repeated. The profiler knows what of the forward pass is still allocated."""
+    (tmp_path / "base").mkdir()
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=8)).save_pretrained(tmp_path / "base")
+    gradients, num_bytes = [], []
+    for is_on in (True, False):
+        (folder := tmp_path / str(is_on)).mkdir()
+        config = write_run(
+            folder, tmp_path / "base", num_rows=60, dropout=0.1, gradient_checkpointing=is_on
+        )
+        model, rows = jolted(job_of(config)[0].new_model(None)), rows_of(config)
+        torch.manual_seed(2)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = model(rows, torch.ones(1 + H), False)
+        num_bytes.append(sum(event.self_cpu_memory_usage for event in profile.events()))
+        result.loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    assert all((gradients[0][name] - own).abs().max() <= 1e-6 for name, own in gradients[1].items())
+    assert num_bytes[0] < num_bytes[1] / 5  # measured: an eighth, for eight layers
+
+
 # ------------------------------------------------------------------------------------------------ wrong input
 
 
@@ -221,6 +273,58 @@ def test_targets_that_cannot_be_adapted_are_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=f"joint.targets is .*{message}"):
         train.run(write_run(tmp_path, tiny_base, targets=targets))
+
+
+def test_a_base_whose_layers_cannot_be_computed_again_is_refused_before_training(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", type("Unknown", (), {}))
+    with pytest.raises(UserError, match=r"joint.gradient_checkpointing is on.*Set it to false"):
+        train.run(write_run(tmp_path, tiny_base))
+
+
+GEMMA = {"head_dim": 8, "pad_token_id": 0}
+KINDS = {
+    "gemma2": ("gemma2", GEMMA | {"final_logit_softcapping": 3.0}),
+    "gemma2, uncapped": ("gemma2", GEMMA | {"final_logit_softcapping": None}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "phi, whose output layer has a bias": ("phi", {}),
+    "qwen3_moe, whose body says more": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt2, whose body says more": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_done_to_logits_is_found_without_weights_and_refused_where_weights_are_sharded(
+    kind: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    """In the folder of the base is a config, and nothing else."""
+    model_type, more = KINDS[kind]
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(model_type, **shape | more)
+    config.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    output = model.get_output_embeddings()
+    states_NC = 10 * torch.randn(4, 32)
+    with torch.no_grad():
+        if output.bias is not None:
+            output.bias.fill_(1.0)
+        is_plain = torch.allclose(logits_of(model, states_NC), states_NC @ output.weight.T, atol=1e-4)
+    assert is_plain == (kind.split(",")[0] in ("qwen3_moe", "gpt2") or "uncapped" in kind)
+    assert has_plain_logits(model) == is_plain
+    for stage in (2, 3):
+        run = write_run(tmp_path, tiny_base, zero_stage=stage, dropout=0)  # without which peft adapts experts
+        run = run.model_copy(update={"model": run.model.model_copy(update={"base": str(tmp_path / "base")})})
+        if stage == 3 and not is_plain:
+            with pytest.raises(UserError, match=r"joint.zero_stage is 3, but .* Set joint.zero_stage to 2"):
+                train.run(run)
+        else:
+            joint.check(run)
 
 
 def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path, tiny_base: Path) -> None:

@@ -11,10 +11,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Tokens = Sequence[int]
 
@@ -191,6 +193,32 @@ def logits_of(model: PreTrainedModel, hidden_NC: Tensor) -> Tensor:
     finally:
         if own not in ("eager", "sdpa"):
             model.set_attn_implementation(own)
+
+
+def has_plain_logits(model: PreTrainedModel) -> bool:
+    """Whether logits are the product of states and the output layer's weight, and nothing else.
+
+    Measured without any weight, so that a model on the meta device will do: what scales, caps or shifts logits is in
+    the model's own forward, behind that layer, and this is given made-up ones.
+    """
+    output = model.get_output_embeddings()
+    size_V = torch.logspace(-2, 3, 6, device="cpu" if model.device.type == "meta" else model.device)
+    made_up_11V = torch.cat([size_V, -size_V])[None, None]
+    state_11C = torch.empty(1, 1, output.weight.shape[1], device=model.device, dtype=model.dtype)
+    token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with (
+        patch.object(model.base_model, "forward", lambda *_, **__: _BodyOutput(last_hidden_state=state_11C)),
+        patch.object(output, "forward", lambda _: made_up_11V),
+    ):
+        logits_11V = model(input_ids=token_11, use_cache=False).logits
+    return getattr(output, "bias", None) is None and torch.equal(logits_11V, made_up_11V)
+
+
+class _BodyOutput(BaseModelOutputWithPast):
+    """Has whatever a model asks of its body, as None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @contextmanager

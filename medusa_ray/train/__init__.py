@@ -37,7 +37,7 @@ RUN = "run.json"  # in training/: the config and inputs of its checkpoints, and 
 # What may be another when a run goes on: none of it changes what the heads learn, but for the order of the rows.
 FREE = {
     "num_workers", "batch_size", "gradient_accumulation_steps", "zero_stage", "logging_steps", "save_steps",
-    "eval_steps", "max_failures", "trackers", "profile_steps", "deepspeed", "keep",
+    "eval_steps", "max_failures", "trackers", "profile_steps", "deepspeed", "keep", "gradient_checkpointing",
 }  # fmt: skip
 
 

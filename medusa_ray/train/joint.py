@@ -5,13 +5,15 @@ what it says (arXiv 2401.10774, 2.2.2 and its self-distillation). Rows take the 
 whole rows through the base, with the adapter and without.
 
 # N positions   H heads   W = 1 + H: the base, which says the next token, and the heads   C hidden   V vocabulary
+# K tokens that the base names for a label, none with hard labels
 """
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -26,7 +28,15 @@ from torch.utils.checkpoint import checkpoint
 from medusa_ray import parts, records, shards
 from medusa_ray.config import JointConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.medusa.loss import IGNORED, HeadLoss, cross_entropy_for, labels_for, medusa_loss, num_losses
+from medusa_ray.medusa.loss import (
+    IGNORED,
+    HeadLoss,
+    Teacher,
+    cross_entropy_for,
+    labels_for,
+    medusa_loss,
+    num_losses,
+)
 from medusa_ray.states import leaves_labels
 from medusa_ray.train.corpus import is_held_out, share_held_out
 from medusa_ray.train.engine import Group, Seen
@@ -133,6 +143,14 @@ def survey(distilled: str, config: RunConfig) -> tuple[list[Ints], list[Wanted]]
 # ------------------------------------------------------------------------------------------------------ module
 
 
+class Outcome(NamedTuple):
+    """Of some rows."""
+
+    result: HeadLoss  # of W
+    states_NC: Tensor
+    teacher: Teacher
+
+
 class JointTrainer(nn.Module):
     """What DeepSpeed wraps: the base, whose adapter alone is trained, and the heads."""
 
@@ -146,16 +164,17 @@ class JointTrainer(nn.Module):
         warm_heads: str,
         train: TrainConfig,
         joint: JointConfig,
+        top_k: int,
     ) -> None:
-        """base, device: model.base and model.device as this process finds them. warm_heads: URI.
+        """base, device: model.base and model.device as this process finds them. warm_heads: URI. top_k: K.
 
         Raises ValueError when the base cannot be loaded, or not be trained in this way.
         """
         super().__init__()
         from medusa_ray.medusa.base import load
-        from medusa_ray.medusa.states import PackedBase, logits_of
+        from medusa_ray.medusa.states import PackedBase, has_plain_logits
 
-        self.train_config, self.joint = train, joint
+        self.train_config, self.joint, self.top_k = train, joint, top_k
         self.dtype = getattr(torch, train.dtype)
         base_dtype = torch.bfloat16 if train.dtype == "bfloat16" else getattr(torch, model.dtype)
         loaded = load(base, base_dtype, device, model.revision, model.quantization)
@@ -164,21 +183,14 @@ class JointTrainer(nn.Module):
         output_VC = loaded.get_output_embeddings().weight.detach()
         # Of its own, as ZeRO-3 takes the base's apart; elsewhere it is the very tensor.
         self.register_buffer("output_VC", output_VC, persistent=False)
-        probe_NC = torch.randn(4, output_VC.shape[1], generator=torch.Generator().manual_seed(0)).to(
-            output_VC
-        )
-        with torch.no_grad():
-            is_plain = torch.allclose(
-                logits_of(loaded, probe_NC), F.linear(probe_NC, output_VC), rtol=1e-2, atol=1e-3
-            )
-        if not is_plain and joint.zero_stage == 3:
-            raise ValueError(
-                f"{base} scales, caps or shifts what its output layer says, which joint training does by passes of "
-                "the base that ZeRO-3 cannot tell apart. Set joint.zero_stage to 2."
-            )
+        is_plain = has_plain_logits(loaded)
         self._logits: Callable[[Tensor], Tensor] = self._plain_logits if is_plain else self._own_logits
         torch.manual_seed(train.seed)  # half of an adapter begins at random
         self.base = adapted(loaded, joint, base, model.revision)
+        if joint.gradient_checkpointing:
+            for layer in layers_of(loaded):
+                # As transformers would, but it does so in training mode only, where layers have dropout of their own.
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.heads = MedusaHeads.load(warm_heads, self.dtype, device)
         if self.heads.shares_output:
             self.heads.init_from(output_VC.to(self.dtype))
@@ -212,22 +224,26 @@ class JointTrainer(nn.Module):
 
     def forward(self, batch: Rows, weight_W: Tensor, with_hits: bool) -> HeadLoss:
         """Figures are of the base, whose loss is its divergence from itself without the adapter, and of the heads."""
-        return self._outcome(batch, weight_W, with_hits)[0]
+        return self._outcome(batch, weight_W, with_hits).result
 
-    def _outcome(self, batch: Rows, weight_W: Tensor, with_hits: bool) -> tuple[HeadLoss, Tensor]:
-        """And the states [N, C]."""
+    def _outcome(self, batch: Rows, weight_W: Tensor, with_hits: bool) -> Outcome:
         with torch.no_grad(), self._without_adapter():
             own_NC = self.states(batch)
         states_NC = self.states(batch)
         labels_NW = self._labels(batch)
-        sums = self._divergence(states_NC, own_NC, labels_NW[:, 0])
+        sums, *said_NK = self._divergence(states_NC, own_NC, labels_NW[:, 0])
+        # What head k is asked for, the base says k + 1 positions later, or nobody is asked: then any row will do.
+        later_NH = torch.arange(len(own_NC)).unsqueeze(1) + torch.arange(1, self.heads.num_heads + 1)
+        later_NH = later_NH.clamp(max=len(own_NC) - 1).to(own_NC.device)
+        teacher = Teacher(*(some_NK[later_NH] for some_NK in said_NK))
         found = medusa_loss(
             self.heads,
             states_NC.to(self.dtype),
             labels_NW[:, 1:],
             weight_W[1:],
             cross_entropy_for(self.heads, len(states_NC)),
-            with_hits=with_hits,
+            teacher,
+            with_hits,
         )
         top1_W = None if found.top1_H is None else torch.cat([sums[1:2], found.top1_H])
         top5_W = None if found.top5_H is None else torch.cat([sums[2:3], found.top5_H])
@@ -238,7 +254,7 @@ class JointTrainer(nn.Module):
             top1_W,
             top5_W,
         )
-        return result, states_NC
+        return Outcome(result, states_NC, teacher)
 
     def states(self, batch: Rows) -> Tensor:
         """The base's states [N, C] at all positions of all rows, in their order."""
@@ -263,18 +279,25 @@ class JointTrainer(nn.Module):
         finally:
             self.base.base_model.enable_adapter_layers()
 
-    def _divergence(self, states_NC: Tensor, own_NC: Tensor, label_N: Tensor) -> Tensor:
+    def _divergence(
+        self, states_NC: Tensor, own_NC: Tensor, label_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Summed KL(without the adapter || with it) where there is a label, and how many labels it has first, and among
-        its five likeliest [3]; full logits never exist."""
+        its five likeliest [3]; ids and log-probabilities [N, K] of what the base says next without the adapter. Full
+        logits never exist.
+        """
         size = max(1, LOGITS_AT_ONCE // len(self.output_VC))
         chunks = zip(states_NC.split(size), own_NC.split(size), label_N.split(size), strict=True)
         found = [
             checkpoint(self._divergence_of, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
         ]
-        return torch.stack(found).sum(dim=0)
+        sums, ids, logprobs = zip(*found, strict=True)
+        return torch.stack(sums).sum(dim=0), torch.cat(ids), torch.cat(logprobs)
 
-    def _divergence_of(self, states_NC: Tensor, own_NC: Tensor, label_N: Tensor) -> Tensor:
+    def _divergence_of(
+        self, states_NC: Tensor, own_NC: Tensor, label_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits_NV = self._logits(states_NC).float()
         with torch.no_grad():
             own_NV = self._logits(own_NC).float().log_softmax(dim=1)
@@ -282,9 +305,11 @@ class JointTrainer(nn.Module):
         losses_N = F.kl_div(logits_NV.log_softmax(dim=1), own_NV, reduction="none", log_target=True).sum(
             dim=1
         )
-        return torch.stack(
+        sums = torch.stack(
             [losses_N.where(label_N != IGNORED, 0).sum(), is_hit_NK[:, 0].sum(), is_hit_NK.sum()]
         )
+        said = own_NV.topk(self.top_k)
+        return sums, said.indices.int(), said.values
 
     def _plain_logits(self, states_NC: Tensor) -> Tensor:
         return F.linear(states_NC, self.output_VC)
@@ -311,15 +336,22 @@ class JointTrainer(nn.Module):
         zero_W = self.weights().to(self.output_VC.device) * 0
         found = []
         for batch in batches:
-            result, states_NC = self._outcome(batch, zero_W, True)
+            result, states_NC, teacher = self._outcome(batch, zero_W, True)
             assert result.top1_H is not None
             assert result.top5_H is not None
             figures = result.loss_sum_H, result.num_labels_H, result.top1_H, result.top5_H
             sums_41 = torch.stack([figure[:1].float() for figure in figures])
             id_N = np.repeat([row.row_id for row in batch.rows], [len(row.position) for row in batch.rows])
-            found.append(Seen(Batch(states_NC, self._labels(batch)[:, 1:], None, id_N), sums_41))
+            found.append(Seen(Batch(states_NC, self._labels(batch)[:, 1:], teacher, id_N), sums_41))
         self.train()
         return found
+
+
+def layers_of(base: Any) -> list[Any]:
+    """What transformers knows to be fit for a second computation: attention and MLP, again and again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def adapted(base: Any, joint: JointConfig, name: str, revision: str | None) -> Any:
@@ -348,6 +380,7 @@ def check(config: RunConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     from medusa_ray.medusa.base import text_config, under_adapter
+    from medusa_ray.medusa.states import has_plain_logits
 
     assert config.joint is not None
     base, revision = config.model.base, config.model.revision
@@ -358,12 +391,22 @@ def check(config: RunConfig) -> None:
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text_config(base, revision))
+    if config.joint.zero_stage == 3 and not has_plain_logits(model):
+        raise UserError(
+            f"joint.zero_stage is 3, but {base} scales, caps or shifts what its output layer says, which joint "
+            "training does by passes of the base that ZeRO-3 cannot tell apart. Set joint.zero_stage to 2."
+        )
     try:
         adapted(model, config.joint, base, revision)
     except ValueError as error:
         raise UserError(
             f"joint.targets is {config.joint.targets!r}: {error}. Name linear layers of {base}."
         ) from error
+    if config.joint.gradient_checkpointing and not layers_of(model):
+        raise UserError(
+            f"joint.gradient_checkpointing is on, but {base} has no layers that transformers could compute a second "
+            "time. Set it to false."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- job
@@ -378,6 +421,7 @@ class JointJob(Job):
     adapter: str
     model: ModelConfig
     joint: JointConfig
+    top_k: int
 
     @classmethod
     def of_rows(
@@ -407,10 +451,13 @@ class JointJob(Job):
             adapter=folders["adapter"],
             model=config.model,
             joint=config.joint,
+            top_k=config.hidden.top_k if config.train.labels == "soft" else 0,
         )
 
     def new_model(self, output_layer_VC: Tensor | None) -> Any:
-        return JointTrainer(self.model, self.base, self.device, self.warm_heads, self.train, self.joint)
+        return JointTrainer(
+            self.model, self.base, self.device, self.warm_heads, self.train, self.joint, self.top_k
+        )
 
     def source(self) -> Source:
         return from_disk(self.hidden)
