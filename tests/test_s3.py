@@ -155,7 +155,7 @@ class Job:
     def run(self) -> tuple[int, str]:
         """Exit code, and what stood on stderr."""
         with self.start() as driver:
-            _, said = driver.communicate(timeout=250)
+            _, said = driver.communicate(timeout=900)
         return driver.returncode, said
 
     def rows(self) -> list[dict[str, Any]]:
@@ -221,6 +221,7 @@ def test_workers_get_every_part_into_a_bucket_that_stumbles(
 
 @pytest.mark.ray
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_a_bucket_that_stumbles_and_goes_down_costs_time_and_no_row(
     ray_cluster: None, bucket: Bucket, tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -241,24 +242,25 @@ def test_a_bucket_that_stumbles_and_goes_down_costs_time_and_no_row(
 
 @pytest.mark.ray
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_drivers_killed_on_a_bad_day_of_the_bucket_lose_no_row(
     ray_cluster: None, bucket: Bucket, tmp_path: Path, tiny_base: Path
 ) -> None:
     """With the patience that S3's client has by itself."""
-    job = Job.make(bucket, tmp_path, tiny_base, 200)
+    job = Job.make(bucket, tmp_path, tiny_base, 100)
     bucket.refused, bucket.done_but_denied, bucket.silent, bucket.silence_s = 13, 17, 301, 20.0
     ends = []
-    for parts_more in (4, 8, 8, 8):
+    for parts_more in (3, 5, 5):
         with job.start() as driver:
             goal = bucket.num_parts + parts_more
             while bucket.num_parts < goal and driver.poll() is None:
                 time.sleep(0.1)
             driver.kill()
         ends.append(driver.returncode)
-    bucket.goes_down_after = bucket.num_parts + 8
+    bucket.goes_down_after = bucket.num_parts + 4
     ends.append(job.run()[0])
     bucket.goes_down_after = float("inf")
     stops = run_to_its_end(job)
     print(f"\nexit codes {ends}, {stops} stops; {bucket.num_requests} requests, faults {bucket.faults}")
-    assert ends == [-9, -9, -9, -9, 2]
-    check(job, 200)
+    assert ends == [-9, -9, -9, 2]
+    check(job, 100)
