@@ -5,7 +5,6 @@ same name, so killing a writer neither loses nor repeats one.
 """
 
 import os
-import uuid
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -17,8 +16,27 @@ from medusa_ray import provenance
 from medusa_ray.config import UserError
 
 MARK = "_parts.json"  # which config and inputs the parts in a folder come from
-UNFINISHED = ".unfinished"
+FOREIGN = ("botocore", "aiohttp", "gcsfs", "azure")  # packages of storage whose errors are their own
 ATTEMPT = ".attempt"  # what a worker announced that has not written its part
+
+
+class StorageError(UserError):
+    """Storage that is full, gone or not allowed, which is no bug; what is finished stays."""
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """What the user is told of an error that a filesystem raised; None of any other.
+
+    Of those that fsspec reaches, some have errors that are no OSErrors.
+    """
+    if isinstance(error, StorageError):
+        return error
+    if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in FOREIGN:
+        return None
+    return StorageError(
+        f"storage failed: {type(error).__name__}: {error}. What is finished is kept: once there is room, and the "
+        "storage answers, the same command goes on."
+    )
 
 
 def absolute(uri: str) -> str:
@@ -41,7 +59,8 @@ def begin(folder: str, key: str, of: dict[str, Any] | None = None, is_dear: bool
     """
     filesystem, path = fsspec.core.url_to_fs(folder)
     try:
-        found = provenance.read_json(f"{folder}/{MARK}") if filesystem.exists(f"{path}/{MARK}") else {}
+        is_marked = provenance.kind_of(filesystem, f"{path}/{MARK}") is not None
+        found = provenance.read_json(f"{folder}/{MARK}") if is_marked else {}
         if found.get("key") == key:
             return set(names(folder))
         if is_dear and (there := names(folder)):
@@ -68,10 +87,10 @@ def clear(folder: str) -> None:
     filesystem.invalidate_cache()
     # The declaration goes first: a folder half cleared must not look finished.
     for file in (f"{path}/{provenance.FILE}", f"{path}/{MARK}"):
-        if filesystem.exists(file):
+        if provenance.kind_of(filesystem, file):
             filesystem.rm_file(file)
     for file in filesystem.find(path):
-        if file.endswith((".parquet", UNFINISHED, ATTEMPT)):
+        if file.endswith((".parquet", provenance.UNFINISHED, ATTEMPT)):
             filesystem.rm_file(file)
 
 
@@ -79,8 +98,7 @@ def write(folder: str, name: str, table: pa.Table) -> None:
     """Writes one part, which appears at once or not at all."""
     filesystem, path = fsspec.core.url_to_fs(f"{folder}/{name}.parquet")
     filesystem.makedirs(os.path.dirname(path), exist_ok=True)
-    # A writer that was given up for dead may still be at it, hence a name of its own.
-    unfinished = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
+    unfinished = provenance.unfinished_name(path)
     try:
         with filesystem.open(unfinished, "wb") as file:
             pq.write_table(table, file)
@@ -95,7 +113,7 @@ def names(folder: str) -> list[str]:
     """Names of the parts in a folder, in the order of their rows."""
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.invalidate_cache()
-    if not filesystem.isdir(path):
+    if provenance.kind_of(filesystem, path) != "directory":
         return []
     files = [os.path.basename(file) for file in filesystem.ls(path, detail=False)]
     return sorted(file.removesuffix(".parquet") for file in files if file.endswith(".parquet"))

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import fsspec
 
 FILE = "provenance.json"
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 PACKAGES = ("medusa_ray", "torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "guidellm")
 
 
@@ -36,13 +38,25 @@ def digest(uri: str) -> str:
     filesystem, path = fsspec.core.url_to_fs(uri)
     if record := read(uri):
         return str(record["key"])
-    if filesystem.isfile(path):
+    kind = kind_of(filesystem, path)
+    if kind == "file":
         with filesystem.open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if filesystem.isdir(path):
+    if kind == "directory":
         sizes = sorted((name, info["size"]) for name, info in filesystem.find(path, detail=True).items())
         return key([(name.removeprefix(path), size) for name, size in sizes], {})
     return uri
+
+
+def kind_of(filesystem: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """file, directory, or None where nothing is.
+
+    Raises what the filesystem raises when it cannot tell; its own exists, isfile and isdir say then that nothing is.
+    """
+    try:
+        return str(filesystem.info(path)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def read(folder: str) -> dict[str, Any] | None:
@@ -72,7 +86,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 
 
 def write(folder: str, config: Any, inputs: dict[str, str], **facts: Any) -> None:
-    """Declares the folder finished. `facts` are further plain values, such as row counts."""
+    """Declares the folder finished. `facts` are further plain values, such as row counts.
+
+    What writers left that were killed half-way is removed.
+    """
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem.invalidate_cache()
+    for file in filesystem.find(path):
+        if file.endswith(UNFINISHED):
+            filesystem.rm_file(file)
     record = {
         "key": key(config, inputs),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -86,14 +108,21 @@ def write(folder: str, config: Any, inputs: dict[str, str], **facts: Any) -> Non
     write_json(f"{folder}/{FILE}", record)
 
 
+def unfinished_name(path: str) -> str:
+    """What a file is called until it is whole. Another writer of the same file, or one given up for dead, may be at it
+    too, hence a name of its own."""
+    return f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
+
+
 def write_json(uri: str, value: Any) -> None:
     """Writes JSON so that a reader sees the whole file or none."""
     filesystem, path = fsspec.core.url_to_fs(uri)
     filesystem.makedirs(os.path.dirname(path), exist_ok=True)
-    with filesystem.open(f"{path}.part", "w", encoding="utf-8") as file:
+    unfinished = unfinished_name(path)
+    with filesystem.open(unfinished, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-    filesystem.mv(f"{path}.part", path)
+    filesystem.mv(unfinished, path)
 
 
 def read_json(uri: str) -> Any:

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
+from medusa_ray import parts
 from medusa_ray.config import ModelConfig, UserError, actor_range
 
 Shard = dict[str, Any]
@@ -147,7 +148,7 @@ def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) 
     progress = _Progress(stage, len(refs))
     for row in results.iter_rows():
         if row["mistake"] is not None:
-            raise UserError(row["mistake"])
+            raise (parts.StorageError if row["is_of_storage"] else UserError)(row["mistake"])
         result = json.loads(row["result"])
         progress.log(result)
         yield result
@@ -258,6 +259,20 @@ def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
     try:
         worker = _worker_of(make_worker, run_id)
         results = [json.dumps(worker(shard)) for shard in batch.to_pylist()]
-    except UserError as error:  # as a value: Ray Data's own exceptions do not carry it to the driver
-        return pa.table({"result": pa.array([None], pa.string()), "mistake": [str(error)]})
-    return pa.table({"result": results, "mistake": pa.array([None] * len(results), pa.string())})
+    except Exception as error:
+        of_storage = parts.storage_error(error)
+        if not of_storage and not isinstance(error, UserError):
+            raise
+        # As a value: Ray Data's own exceptions do not carry it to the driver.
+        return _results([None], str(of_storage or error), bool(of_storage))
+    return _results(results)
+
+
+def _results(results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False) -> pa.Table:
+    return pa.table(
+        {
+            "result": pa.array(results, pa.string()),
+            "mistake": pa.array([mistake] * len(results), pa.string()),
+            "is_of_storage": [is_of_storage] * len(results),
+        }
+    )

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medusa_ray import data, parts, provenance, records
+from medusa_ray import data, parts, provenance, records, shards
 from medusa_ray.chat import Chat
 from medusa_ray.config import DataConfig, RunConfig, UserError
 from medusa_ray.data.chats import parse
@@ -336,6 +336,24 @@ def test_when_no_row_is_good_nothing_is_left(ray_cluster: None, tiny_base: Path,
     with pytest.raises(UserError, match=r"train\.jsonl: none of 2 chats for train .* row 1, .*: no messages"):
         data.run(config)
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_storage_that_fails_takes_no_finished_part_along(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, tiny_base, train=write_lines(tmp_path / "train.jsonl", ROWS))
+
+    def fail_after_a_part(*_: object, **__: object) -> Iterator[Any]:
+        parts.write(f"{config.artifact('prompts')}/train", "part-000000", pa.table({"id": ["a"]}))
+        raise parts.StorageError("storage failed: 503")
+        yield
+
+    monkeypatch.setattr(shards, "put", lambda shard: shard)
+    monkeypatch.setattr(shards, "tasks", lambda *_: {})
+    monkeypatch.setattr(shards, "run", fail_after_a_part)
+    with pytest.raises(UserError, match="storage failed"):
+        data.run(config)
+    assert parts.names(f"{config.artifact('prompts')}/train") == ["part-000000"]
 
 
 @pytest.mark.ray

@@ -1,5 +1,6 @@
 """A killed run goes on and ends with the same rows; the rows are what the engine says when called alone."""
 
+import errno
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -32,7 +34,7 @@ BAD = 7  # index of a prompt that came with an error
 HUGE = 11  # index of a prompt that no engine can serve
 
 
-def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
+def make_prompts(folder: Path | str, base: Path) -> list[dict[str, Any]]:
     """Two files of prompts, as the data stage writes them."""
     chat = Chat.load(str(base))
     rows = []
@@ -57,7 +59,7 @@ def make_prompts(folder: Path, base: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def config_of(folder: Path, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
+def config_of(folder: Path | str, base: Path, mode: str = "capture", **options: Any) -> RunConfig:
     options = {"batch_size": 1, "rows_per_part": 4, "max_new_tokens": 12, **options}
     return RunConfig.model_validate(
         {
@@ -420,3 +422,34 @@ def test_a_killed_run_goes_on_and_a_killed_actor_is_replaced(
         generator(shard)
     assert rows_of(config, "distilled") == rows_of(fresh, "distilled")
     assert rows_of(config, "hidden") == rows_of(fresh, "hidden")
+
+
+@pytest.mark.ray
+def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
+    ray_cluster: None, tmp_path: Path, tiny_base: Path
+) -> None:
+    make_prompts(tmp_path, tiny_base)
+    config = config_of(tmp_path, tiny_base)
+    distilled, room = tmp_path / "distilled", tmp_path / "room"
+
+    def on_a_small_disk(base: str, **options: Any) -> Parrot:
+        write_table = pq.write_table
+
+        def write(table: pa.Table, file: Any) -> None:
+            if len(list(distilled.glob("*.parquet"))) >= 2 and not room.exists():
+                file.write(b"PAR1")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write_table(table, file)
+
+        pq.write_table = write
+        return Parrot()
+
+    with pytest.raises(UserError, match=r"No space left on device\. What is finished is kept: once there is room"):
+        distill.run(config, on_a_small_disk)
+    assert len(parts.names(str(distilled))) == 2
+    written = (distilled / "part-000000.parquet").stat().st_mtime_ns
+    room.touch()
+    distill.run(config, on_a_small_disk)
+    assert (distilled / "part-000000.parquet").stat().st_mtime_ns == written
+    assert [row["id"] for row in rows_of(config, "distilled")] == [f"chat{i:02}/0/0" for i in range(NUM_PROMPTS)]
+    assert not list(distilled.rglob("*.unfinished"))

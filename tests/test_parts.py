@@ -89,3 +89,26 @@ def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/distilled cannot be written: .* Set output to a place"):
         parts.begin(str(tmp_path / "file" / "distilled"), "key")
+
+
+def test_a_folder_that_does_not_answer_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's own isdir and exists say no then, and a run would begin again from nothing."""
+    folder = str(tmp_path / "prompts")
+    parts.begin(folder, "key")
+    parts.write(folder, parts.part_name(0), TABLE)
+
+    def no_answer(*_: object, **__: object) -> None:
+        raise OSError("503 Slow Down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fsspec.implementations.local.LocalFileSystem.info", no_answer)
+        for act in (
+            lambda: parts.names(folder),
+            lambda: parts.begin(folder, "key"),
+            lambda: provenance.digest(folder),
+        ):
+            with pytest.raises((OSError, UserError), match="503 Slow Down"):
+                act()
+    assert parts.begin(folder, "key") == {"part-000000"}

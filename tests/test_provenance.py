@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from medusa_ray import provenance
 
@@ -99,3 +100,29 @@ def test_the_hardware_is_named() -> None:
     hardware = provenance.hardware()
     assert hardware["cores"] >= 1
     assert hardware["cpu"]
+
+
+def test_two_writers_of_one_file_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs on one folder, or a driver and what is left of an earlier one."""
+    file = str(tmp_path / "mark.json")
+    move = LocalFileSystem.mv
+
+    def move_after_the_other(*paths: object) -> None:
+        monkeypatch.undo()
+        provenance.write_json(file, "theirs")
+        move(*paths)
+
+    monkeypatch.setattr(LocalFileSystem, "mv", move_after_the_other)
+    provenance.write_json(file, "ours")
+    assert provenance.read_json(file) == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["mark.json"]
+
+
+def test_what_killed_writers_left_goes_once_the_folder_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f"part-000001.parquet.0123{provenance.UNFINISHED}").touch()
+    (tmp_path / "train" / "part-000001.parquet").touch()
+    provenance.write(str(tmp_path), CONFIG, {})
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["part-000001.parquet"]

@@ -381,8 +381,17 @@ def run_stages(names: tuple[str, ...], run_yaml: str, overrides: list[str] | Non
 
 
 def run_stage(name: str, run_config: "RunConfig") -> None:
+    from medusa_ray import parts
+
     with step(name) as facts:
-        facts.update(figures(importlib.import_module(f"medusa_ray.{name}").run(run_config)))
+        try:
+            artifact = importlib.import_module(f"medusa_ray.{name}").run(run_config)
+            facts.update(figures(artifact))
+        except Exception as error:
+            # What failed inside Ray has it as its cause.
+            if told := parts.storage_error(getattr(error, "cause", error)):
+                raise told from error
+            raise
 
 
 def figures(artifact: str) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def run(config: RunConfig) -> str:
     try:
         results = shards.run("data", refs, make_worker, **shards.tasks(len(refs), UNITS_PER_PROCESS))
         splits, by_source = _count(results, plan, sources, config.data.over_long)
+    except parts.StorageError:
+        raise
     except UserError:
         parts.clear(folder)
         raise
