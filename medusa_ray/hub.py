@@ -205,6 +205,27 @@ def push(plan: Plan, message: str, api: HfApi) -> str | None:
     return done.oid
 
 
+def push_prompts(folder: str, repo: str, api: HfApi) -> str:
+    """Puts the JSON lines of a local folder into a data set of the hub, in one commit; returns its hash.
+
+    Raises UserError for a data set that others can read, since prompts are what people wrote to a model.
+    """
+    check_repo(repo)
+    check_token(api)
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        raise UserError(f"{folder} has no JSON lines on this machine. Give --out a local folder.")
+    with asking(api, repo, writes=True):
+        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
+        if api.dataset_info(repo, timeout=TIMEOUT_S).private is not True:
+            raise UserError(
+                f"the data set {repo} is public. Nothing was sent. Make it private, or give another name."
+            )
+        operations = [CommitOperationAdd(file.name, file) for file in files]
+        done = api.create_commit(repo, operations, commit_message="Prompts", repo_type="dataset")
+    return str(done.oid)
+
+
 def listed(folder: str) -> tuple[list[LocalFile], list[str]]:
     """The files of LISTED in a folder, and the names of all else in it."""
     if "://" in folder or not Path(folder).is_dir():

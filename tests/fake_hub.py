@@ -217,7 +217,8 @@ class Handler(BaseHTTPRequestHandler):
         if user is None or asked["organization"] not in (None, user):
             raise Refusal(403, f"you have no right to make repos under {asked['organization']}")
         if name in self.hub.repos:
-            raise Refusal(409, "You already created this model repo")
+            self.send(409, {"error": "You already created this repo", "url": f"{self.hub.url}/{name}"})
+            return
         is_private = asked.get("visibility") == "private" and not self.hub.makes_public
         self.hub.make(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, is_private=is_private)
         self.send(200, {"url": f"{self.hub.url}/{name}"})
@@ -345,16 +346,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NAME = r"([^/]+/[^/]+)"
+KIND = "(?:models|datasets)"  # told apart by nothing here
 ROUTES = (
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("GET", rf"/api/models/{NAME}", Handler.info),
-    ("GET", rf"/api/models/{NAME}/revision/(.+)", Handler.info),
-    ("GET", rf"/api/models/{NAME}/tree/(.+)", Handler.tree),
-    ("POST", rf"/api/models/{NAME}/branch/(.+)", Handler.branch),
-    ("POST", rf"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
-    ("POST", rf"/api/models/{NAME}/commit/(.+)", Handler.make_commit),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
+    ("GET", rf"/api/{KIND}/{NAME}", Handler.info),
+    ("GET", rf"/api/{KIND}/{NAME}/revision/(.+)", Handler.info),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/(.+)", Handler.tree),
+    ("POST", rf"/api/{KIND}/{NAME}/branch/(.+)", Handler.branch),
+    ("POST", rf"/api/{KIND}/{NAME}/preupload/(.+)", Handler.preupload),
+    ("POST", rf"/api/{KIND}/{NAME}/commit/(.+)", Handler.make_commit),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/large/(\w+)", Handler.put_large),
     ("POST", r"/large/(\w+)", Handler.complete),
     ("PUT", r"/part/(\w+)/(\d+)", Handler.put_part),

@@ -818,3 +818,32 @@ def test_a_push_killed_in_an_upload_is_finished_by_the_same_command_and_neither_
     assert "/large/" in logs
     assert TOKEN not in logs
     assert SIGNATURE not in logs
+
+
+# ----------------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompts_become_a_private_data_set_in_one_commit(fake: FakeHub, api: HfApi, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(f'{{"prompt": "{split}"}}\n')
+    (tmp_path / "notes.txt").write_text("not for others")
+    commit = hub.push_prompts(str(tmp_path), REPO, api)
+    repo = fake.repos[REPO]
+    assert repo.is_private
+    assert repo.branches["main"] == commit
+    assert without_git(repo.files()) == {
+        f"{split}.jsonl": f'{{"prompt": "{split}"}}\n'.encode() for split in ("train", "test")
+    }
+    (tmp_path / "test.jsonl").write_text('{"prompt": "another"}\n')
+    hub.push_prompts(str(tmp_path), REPO, api)
+    assert repo.files()["test.jsonl"] == b'{"prompt": "another"}\n'
+
+
+def test_prompts_go_to_nothing_that_others_can_read(fake: FakeHub, api: HfApi, tmp_path: Path) -> None:
+    fake.make(REPO, {}, is_private=False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=f"the data set {REPO} is public. Nothing was sent"):
+        hub.push_prompts(str(tmp_path), REPO, api)
+    assert not fake.repos[REPO].files()
+    with pytest.raises(UserError, match="has no JSON lines on this machine"):
+        hub.push_prompts("s3://bucket/export", REPO, api)

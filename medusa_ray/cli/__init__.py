@@ -124,6 +124,10 @@ def export_prompts(
     overrides: Overrides = None,
     split: Annotated[str | None, typer.Option(help="train, test or out_of_domain; all by default.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder or URI; the run's export/ by default.")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Put them into this data set of the hub, too: a private one."),
+    ] = None,
 ) -> None:
     """Prompt rows -> JSON lines of text and messages for load generators, the generation prompt included."""
     from medusa_ray import config
@@ -132,6 +136,13 @@ def export_prompts(
     run_config = config.load(config.RunConfig, run_yaml, overrides or ())
     with step("export-prompts") as facts:
         facts.update(export.run(run_config, split, out))
+    if push:
+        from huggingface_hub import HfApi
+
+        from medusa_ray import hub
+
+        commit = hub.push_prompts(out or run_config.artifact("export"), push, HfApi())
+        print(f"sent as datasets/{push}@{commit}")
 
 
 @app.command(context_settings=LENIENT)
