@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from test_report import WINNING, traffic_rows, write_run
 
 from medusa_ray import card, provenance, report
 from medusa_ray.config import CardConfig, ServeConfig, parse
 from medusa_ray.medusa import layouts
 from medusa_ray.medusa.heads import MedusaHeads
-from tests.test_report import WINNING, traffic_rows, write_run
 
 CHAIN, AWAY = [0.6431, 0.3722, 0.2013], [0.4114, 0.1555, 0.0616]
 ACCURACY = {

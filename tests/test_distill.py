@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from medusa_ray.distill import rows as distilled_rows
 from medusa_ray.distill.generate import Generator, SharedEngine
 from medusa_ray.distill.given import Copier
 from medusa_ray.distill.rows import seed_of
+from medusa_ray.medusa import states
 from medusa_ray.medusa.engine import Engine, Request
 from medusa_ray.medusa.replies import Counters
 from medusa_ray.medusa.scheduler import Sequence
@@ -117,6 +120,34 @@ def parrot(base: str, **options: Any) -> Parrot:
 def worker(config: RunConfig, load_engine: Any = parrot) -> Generator:
     folders = [config.artifact(name) for name in ("prompts", "distilled", "hidden")]
     return Generator(config, config.model.base, "cpu", 510, *folders, load_engine)
+
+
+def test_a_teacher_asks_the_model_while_no_other_thread_does(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pass sets the model up otherwise: a step in the middle of it would see the teacher's states."""
+    make_prompts(tmp_path, tiny_base)
+    at_once = config_of(tmp_path / "at_once", tiny_base, batch_size=4)
+    at_once = at_once.model_copy(update={"hidden": at_once.hidden.model_copy(update={"top_k": 4})})
+    in_turn = at_once.model_copy(update={"output": str(tmp_path / "in_turn")})
+    set_up = states._before_output
+
+    @contextmanager
+    def slowly(*arguments: Any) -> Iterator[None]:
+        with set_up(*arguments):
+            time.sleep(0.05)
+            yield
+
+    for config, num_threads in ((in_turn, 1), (at_once, 3)):
+        os.makedirs(config.output)
+        os.symlink(tmp_path / "prompts", config.artifact("prompts"))
+        generator = worker(config, Engine.load)
+        monkeypatch.setattr(states, "_before_output", slowly)
+        with ThreadPoolExecutor(num_threads) as threads:
+            list(threads.map(generator, distill.plan(f"{tmp_path}/prompts/train", 4)))
+    assert rows_of(at_once, "distilled") == rows_of(in_turn, "distilled")
+    hidden = [[row["teacher_ids"] for row in rows_of(config, "hidden")] for config in (at_once, in_turn)]
+    assert hidden[0] == hidden[1]
 
 
 def test_every_prompt_is_in_one_shard_and_shards_never_change(tmp_path: Path, tiny_base: Path) -> None:

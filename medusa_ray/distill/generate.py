@@ -65,15 +65,21 @@ class SharedEngine:
         """Continues every prompt, in the batch that other threads' requests run in too."""
         sequences = [self.engine.add(request) for request in requests]
         while True:
-            # Whoever waits for sequences steps for all. Threads take turns, for a lock may go to the same one for ever.
-            with self._next:
-                self._turn.acquire()
-            try:
+            with self.turn():  # whoever waits for sequences steps for all
                 if all(sequence.finish_reason for sequence in sequences):
                     return [Completion.of(sequence) for sequence in sequences]
                 self._step()
-            finally:
-                self._turn.release()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While no other thread asks anything of the engine, its model included. They take turns, for a lock may go to
+        the same one for ever."""
+        with self._next:
+            self._turn.acquire()
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _step(self) -> None:
         before = self.engine.counters.num_steps
@@ -146,7 +152,9 @@ class Generator:
             replies.append(reply(prompt, outcome.token_ids, outcome.finish_reason, sample=sample))
             captured.append((replies[-1], outcome.hidden_TC))
         if self.hidden:
-            parts.write(self.hidden, shard["part"], self._hidden_table(captured))
+            with self.shared.turn():  # a teacher's pass is one of the same model, and sets it up otherwise
+                states = self._hidden_table(captured)
+            parts.write(self.hidden, shard["part"], states)
         sources = rows.sources_of([prompt for prompt, _ in asked])
         cost = {**self.shared.cost(), "retries": attempts.num_earlier}
         facts = rows.write(self.distilled, shard["part"], replies, sources, **cost)
