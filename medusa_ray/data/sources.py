@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from medusa_ray import provenance
+from medusa_ray import parts, provenance
 from medusa_ray.config import ColumnsConfig, DataConfig, SourceConfig, UserError
 
 COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
@@ -119,8 +119,10 @@ def _files(config: SourceConfig, split: str, field: str, or_none: bool) -> list[
         if not filesystem.isdir(path):
             raise UserError(f"{uri} does not exist. Give data.{field} a file or folder of chats, or a URI.")
         return _folder_files(filesystem, path, config, split, field, or_none)
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, UserError):
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, ImportError | ValueError) and parts.storage_error(error) is None:
             raise
         message = f"{uri} cannot be read: {error}. Give data.{field} a file or folder of chats."
         raise UserError(message) from error
