@@ -8,6 +8,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -151,22 +152,35 @@ def starts(count_R: Ints) -> Ints:
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the caller is busy with the one before it."""
+    """The same items, each made by a thread while the caller is busy with the one before it.
+
+    The thread ends with the iterator: one that is still at work when Python ends would take the process down.
+    """
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    is_left = threading.Event()
 
     def make() -> None:
         try:
             for item in items:
                 ready.put((item, None))
+                if is_left.is_set():
+                    return
             ready.put((None, StopIteration()))
         except BaseException as error:
             ready.put((None, error))
 
-    threading.Thread(target=make, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if isinstance(error, StopIteration):
-            return
-        if error is not None:
-            raise error
-        yield item
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        is_left.set()
+        while thread.is_alive():  # it may wait for room
+            with suppress(queue.Empty):
+                ready.get(timeout=0.01)
