@@ -91,7 +91,8 @@ def import_heads(folder: str, out: str, base: str | None = None) -> tuple[str, l
 
 def _check_new(out: str) -> None:
     filesystem, path = fsspec.core.url_to_fs(out)
-    if filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path)):
+    kind = provenance.kind_of(filesystem, path)
+    if kind == "file" or (kind == "directory" and filesystem.ls(path)):
         raise UserError(
             f"{out} is there already, and nothing is overwritten. Name another folder, or remove it first."
         )
@@ -132,7 +133,7 @@ def _save_base(base: str, out: str) -> str:
             f"{out} is no local folder, and a whole model can only be saved to one. Export there, and copy it."
         )
     try:
-        model: Any = load(base, "auto", "cpu")  # type: ignore[arg-type]  # the dtype that it is stored in
+        model: Any = load(base, "auto", "cpu")
         tokenizer = AutoTokenizer.from_pretrained(under_adapter(base)[0])
     except (OSError, ValueError) as error:
         raise UserError(f"the base {base} cannot be read: {error}. Give another with --base.") from error

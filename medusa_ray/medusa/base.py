@@ -29,15 +29,15 @@ OUTPUT_LAYERS = ("lm_head.weight", "embed_tokens.weight")
 
 def load(
     base: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     device: str,
     revision: str | None = None,
     quantization: Quantization = "none",
 ) -> PreTrainedModel:
     """The model of a folder or hub name, an adapter's merged into the base that it names.
 
-    revision: of the hub name given. Raises OSError when it is neither, ValueError for what cannot be loaded, a missing
-    package among it.
+    dtype: "auto" is the one that it is stored in. revision: of the hub name given. Raises OSError when it is neither,
+    ValueError for what cannot be loaded, a missing package among it.
     """
     options: dict[str, Any] = {"dtype": dtype}
     if quantization == "4bit":
@@ -112,7 +112,7 @@ def output_weight(base: str, revision: str | None = None) -> Tensor:
         adapter = _find(base, ADAPTER_WEIGHTS, revision)
         layers = {ending.removesuffix(".weight") for ending in OUTPUT_LAYERS}
         if adapter is None or any(layer in key for key in _names(adapter) for layer in layers):
-            model: Any = load(base, "auto", "cpu", revision)  # type: ignore[arg-type]  # the dtype that it is stored in
+            model: Any = load(base, "auto", "cpu", revision)
             return model.get_output_embeddings().weight.detach()
     if index := _find(name, INDEX, base_revision):
         files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
@@ -141,7 +141,7 @@ def _names(file: str) -> list[str]:
         return list(tensors.keys())
 
 
-def _four_bits(dtype: torch.dtype, device: str) -> BitsAndBytesConfig:
+def _four_bits(dtype: torch.dtype | Literal["auto"], device: str) -> BitsAndBytesConfig:
     """QLoRA's NF4. Raises ValueError where bitsandbytes is missing or has no GPU."""
     if not device.startswith("cuda"):
         raise ValueError(
