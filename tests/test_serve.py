@@ -19,7 +19,8 @@ from medusa_ray import config, serve
 from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.serve import Server, build_api
+from medusa_ray.serve import Server, build_api, http
+from medusa_ray.serve.app import application
 
 CONFIGS = Path(__file__).parent.parent / "serve_configs"
 SERVE_FILES = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("traffic_")]
@@ -169,7 +170,7 @@ def test_odd_bodies_and_routes_are_4xx_in_openais_shape(chat: Chat) -> None:
         (client.post(CHAT_URL, content=b"{"), 400),
         (client.post(CHAT_URL, content=b"\xff" * 100), 400),
         (client.post(CHAT_URL, content=b"[" * 100_000), 400),
-        (client.post(CHAT_URL, content=b" " * (serve.MAX_BODY_BYTES + 1)), 413),
+        (client.post(CHAT_URL, content=b" " * (http.MAX_BODY_BYTES + 1)), 413),
         (client.post(COMPLETION_URL, json={"model": "medusa", "prompt": [262]}), 400),
         (client.post(COMPLETION_URL, json={"model": "medusa", "prompt": [2**70]}), 400),
         (client.get(CHAT_URL), 405),
@@ -371,14 +372,14 @@ def test_every_serve_file_is_valid_for_ray_and_for_us(path: Path) -> None:
     assert theirs == raw
     assert ours.http_options.host == "127.0.0.1"
     for app in ours.applications:
-        serve._application(app)  # the overrides are ones that the deployment knows
+        application(app)  # the overrides are ones that the deployment knows
 
 
 def test_an_override_of_an_unknown_deployment_is_refused() -> None:
     app = {"name": "a", "args": {"model_id": "m", "base": "b"}, "deployments": [{"name": "Engin"}]}
     files = config.parse(ServeConfig, {"applications": [app]}, "x.yaml")
     with pytest.raises(UserError, match=r"'Engin'.*'Engine'"):
-        serve._application(files.applications[0])
+        application(files.applications[0])
 
 
 # ------------------------------------------------------------------------------------------------ with Ray

@@ -1,0 +1,31 @@
+"""Heads -> a token stream over HTTP, on Ray Serve.
+
+A server (server.py) answers checked requests, http.py gives it routes, metrics.py numbers: plain Python, so that the
+protocol can be tested without Ray. app.py makes it a Ray Serve application, and cluster.py runs those of a file.
+"""
+
+from medusa_ray.serve.app import build_app
+from medusa_ray.serve.cluster import (
+    FALLBACK_PORT,
+    deploy,
+    direct_url,
+    environment,
+    free_port,
+    shutdown,
+    wait_for_route,
+)
+from medusa_ray.serve.http import build_api
+from medusa_ray.serve.server import Server
+
+__all__ = [
+    "FALLBACK_PORT",
+    "Server",
+    "build_api",
+    "build_app",
+    "deploy",
+    "direct_url",
+    "environment",
+    "free_port",
+    "shutdown",
+    "wait_for_route",
+]
