@@ -14,6 +14,8 @@ from medusa_ray import config
 from medusa_ray.config import ServeConfig, Strict, UserError
 from medusa_ray.demo import pipeline
 from medusa_ray.serve.app import application
+from medusa_ray.serve.metrics import Metrics
+from medusa_ray.serve.server import Server
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "serve_configs"
@@ -448,3 +450,54 @@ def test_the_image_has_the_versions_that_the_project_asks_for() -> None:
 def test_the_part_of_a_kuberay_file_that_is_ours_is_checked(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.parse_any({"apiVersion": "ray.io/v1", **raw}, "x.yaml")
+
+
+# -------------------------------------------------------------------------------------------- Grafana
+
+
+def dashboard() -> dict[str, Any]:
+    raw = json.loads((CONFIGS / "grafana_dashboard.json").read_text())
+    assert isinstance(raw, dict)
+    return raw
+
+
+def test_every_metric_of_the_dashboard_is_one_that_a_server_exports(tiny_base: Path) -> None:
+    """A panel of a metric that was renamed stays empty, which looks like a server without traffic."""
+    args = config.EngineConfig(model_id="m", base=str(tiny_base), dtype="float32", device="cpu", compile="no")
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "summary": ["_sum", "_count"]}
+    exported = {
+        family.name + suffix
+        for family in Metrics(Server.load(args)).collect()
+        for suffix in suffixes.get(family.type, [""])
+    }
+    expressions = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    variables = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
+    expressions.append(variables["model"]["query"]["query"])
+    used = {name for expression in expressions for name in re.findall(r"\$\{prefix\}_\w+", expression)}
+    assert {name.replace("${prefix}", "medusa_ray") for name in used} <= exported
+    assert [option["value"] for option in variables["prefix"]["options"]] == ["ray_medusa_ray", "medusa_ray"]
+    assert not re.findall(r"(?<!\w)medusa_ray_", "".join(expressions))  # each by the prefix that is chosen
+    for part in ("time_to_first_token", "inter_token", "waiting", "per_pos", "tree_nodes", "failure", "kv_cache"):
+        assert any(part in name for name in used), part
+
+
+def test_the_panels_of_the_dashboard_have_ids_targets_and_a_place_of_their_own() -> None:
+    board = dashboard()
+    panels = board["panels"]
+    assert {"title", "uid", "schemaVersion", "panels", "templating", "time"} <= set(board)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: dict[tuple[int, int], str] = {}
+    for panel in panels:
+        place = panel["gridPos"]
+        assert 0 <= place["x"] < place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, f"{panel['title']} lies on {taken[x, y]}"
+                taken[x, y] = panel["title"]
+        if panel["type"] == "row":
+            continue
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert target["expr"].count("{") == target["expr"].count("}")
