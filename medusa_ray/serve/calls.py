@@ -129,7 +129,9 @@ class Totals:
         if reason := why_failed(call):
             self.failed[reason] += 1
             return
-        assert call.first_s is not None and call.last_s is not None and call.admitted_s is not None, call
+        assert call.first_s is not None
+        assert call.last_s is not None
+        assert call.admitted_s is not None
         self.request_s.add(time.monotonic() - call.came_s)
         self.inference_s.add(call.last_s - call.admitted_s - call.queue_s)
         self.num_tokens.add(call.num_tokens)
