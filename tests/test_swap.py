@@ -55,8 +55,11 @@ def requests_of(num: int, seed: int) -> list[Request]:
     return requests
 
 
+Known = list[tuple[Request, list[int]]]
+
+
 @pytest.fixture(scope="module")
-def known(backbone: Backbone) -> list[tuple[Request, list[int]]]:
+def all_known(backbone: Backbone) -> Known:
     """Requests and what the base alone says to them."""
     requests, engine = requests_of(40, seed=1), Engine(backbone, max_batch_size=8, max_total_tokens=256)
     sequences = [engine.add(request) for request in requests]
@@ -65,10 +68,20 @@ def known(backbone: Backbone) -> list[tuple[Request, list[int]]]:
     return [(request, sequence.token_ids) for request, sequence in zip(requests, sequences, strict=True)]
 
 
-@pytest.mark.parametrize("lags", [False, True])
+@pytest.fixture(params=[False, True], ids=["read at once", "read a step later"])
+def lags(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def known(all_known: Known, lags: bool) -> Known:
+    """All of them, but where steps are read later those alone that let them be."""
+    return [(request, reply) for request, reply in all_known if not (lags and request.is_penalised)]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_replies_are_the_bases_whatever_is_swapped_in_the_middle(
-    backbone: Backbone, oracle: OracleHeads, known: list[tuple[Request, list[int]]], lags: bool, seed: int
+    backbone: Backbone, oracle: OracleHeads, known: Known, lags: bool, seed: int
 ) -> None:
     """A tree that writes behind the pages of a row that joined before it would spoil that row's last tokens alone."""
     rng = random.Random(seed)
@@ -119,6 +132,24 @@ def test_a_larger_tree_is_cut_for_rows_that_have_no_pages_for_it(
     assert 40 <= with_guesses < all_steps - 60
 
 
+@pytest.mark.parametrize("num_prompt", range(1, 5))
+def test_a_tree_that_fits_leaves_room_for_the_root_of_a_step_that_comes_before_it_is_read(
+    backbone: Backbone, oracle: OracleHeads, num_prompt: int
+) -> None:
+    prompt, num_new = [*range(1, num_prompt + 1)], 2 * PAGE_SIZE - 2 - num_prompt
+    # More than is asked for: the step that ends the reply is to reach behind it.
+    plain = Engine(backbone).generate([prompt], num_new + 10, ignore_eos=True)[0].token_ids
+    engine = Engine(backbone, max_batch_size=2, max_total_tokens=126, lags=True)
+    oracle.engine, oracle.replies, oracle.skill = engine, {tuple(prompt): plain}, 1.0
+    sequence = engine.add(Request(prompt, num_new, ignore_eos=True))
+    engine.step()
+    engine.swap(oracle, CHAIN)
+    while not sequence.finish_reason:
+        engine.step()
+    assert sequence.token_ids == plain[:num_new]
+    assert len(sequence.pages) == 2
+
+
 def test_heads_that_do_not_fit_are_refused_and_the_old_ones_stay(backbone: Backbone, tmp_path: Path) -> None:
     engine = Engine(backbone, heads_of(backbone), BUSHY, max_batch_size=1, max_total_tokens=60)
     before = engine.generate([[1, 7]], 20)[0].num_steps
@@ -153,10 +184,10 @@ def test_counters_go_on_over_a_deeper_tree(backbone: Backbone, oracle: OracleHea
 
 
 def test_swaps_beside_the_engines_thread_disturb_no_stream(
-    backbone: Backbone, known: list[tuple[Request, list[int]]]
+    backbone: Backbone, known: Known, lags: bool
 ) -> None:
     """Adaptive trees are measured anew, which takes hundreds of passes: no more than two come between two steps."""
-    engine = Engine(backbone, max_batch_size=8, max_total_tokens=256)
+    engine = Engine(backbone, max_batch_size=8, max_total_tokens=256, lags=lags)
     longest, timed = 0, 0
     time_pass, move_on = engine._time, engine._move_on
 
