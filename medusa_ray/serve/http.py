@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from medusa_ray import openai_api
@@ -114,10 +115,13 @@ class EventStream(StreamingResponse):
 
 async def _body(http: HttpRequest) -> bytes:
     body = b""
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    try:
+        async for part in http.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    except ClientDisconnect:
+        raise ApiError(499, "The client hung up before its request was whole.") from None
     return body
 
 
