@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 
 from medusa_ray import card, provenance, records
 from medusa_ray.config import UserError
+from medusa_ray.report.comparison import comparison_table
 from medusa_ray.report.summary import Inputs, summarise
 from medusa_ray.report.text import caption, caveats, measured_loads, table
 
-__all__ = ["caption", "caveats", "run", "table"]
+__all__ = ["caption", "caveats", "compare", "comparison_table", "run", "table"]
 
 JSON_INPUTS = {
     "heads_config": "heads/config.json",
@@ -70,16 +71,16 @@ def _write(output: str, report: dict[str, Any], inputs: Inputs) -> None:
     drawn = pictures.draw(report, inputs)
     files = {"report.html": page.render(report, inputs, drawn), "summary.md": markdown.render(report)}
     for name, content in files.items():
-        write_text(f"{output}/{name}", content)
+        _write_text(f"{output}/{name}", content)
     for name, picture in drawn.items():
-        write_text(f"{output}/figures/{name}.svg", picture.svg())
+        _write_text(f"{output}/figures/{name}.svg", picture.svg)
         with fsspec.open(f"{output}/figures/{name}.png", "wb", auto_mkdir=True) as file:
             file.write(picture.png())
         _write_columns(f"{output}/figures/{name}", pa.table(picture.columns))
     _write_columns(f"{output}/figures/benchmark", benchmark(report))
 
 
-def write_text(uri: str, content: str) -> None:
+def _write_text(uri: str, content: str) -> None:
     with fsspec.open(uri, "w", encoding="utf-8", auto_mkdir=True) as file:
         file.write(content)
 
@@ -102,6 +103,22 @@ def benchmark(report: dict[str, Any]) -> pa.Table:
             line |= {f"{name}_low": bounds and bounds[0], f"{name}_high": bounds and bounds[1]}
         lines.append(line)
     return pa.Table.from_pylist(lines)
+
+
+def compare(folder_a: str, folder_b: str, output: str) -> dict[str, Any]:
+    """Writes compare.json and compare.html of two runs into `output`, and their reports where they are lacking.
+
+    Returns compare.json. Raises UserError when a run has nothing to report.
+    """
+    from medusa_ray.report import comparison, schema
+
+    if folder_a.rstrip("/") == folder_b.rstrip("/"):
+        raise UserError(f"A and B are both {folder_a}; give the folders of two runs.")
+    found = comparison.compare({folder: run(folder) for folder in (folder_a, folder_b)})
+    provenance.write_json(f"{output}/compare.json", found)
+    provenance.write_json(f"{output}/compare.schema.json", schema.json_schema(schema.Comparison))
+    _write_text(f"{output}/compare.html", comparison.render(found))
+    return found
 
 
 def _exists(uri: str) -> bool:

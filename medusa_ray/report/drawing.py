@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -69,14 +70,17 @@ class Picture:
     def __post_init__(self) -> None:
         self.axes = self.figure.subplots()
 
+    @cached_property
     def svg(self) -> str:
         """A file of its own."""
-        return self._saved()
+        file = io.StringIO()
+        with self._style():
+            self.figure.savefig(file, format="svg", metadata=NO_METADATA)
+        return file.getvalue()
 
     def inline(self) -> str:
         """An element of an HTML page, without namespaces, own fonts or global style."""
-        svg = self._saved()
-        svg = svg[svg.index("<svg") :]
+        svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'<g id="[^"]*"', "<g", svg)
         svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
@@ -94,12 +98,6 @@ class Picture:
         file = io.BytesIO()
         with self._style():
             self.figure.savefig(file, format="png", dpi=PNG_DPI, facecolor="white")
-        return file.getvalue()
-
-    def _saved(self) -> str:
-        file = io.StringIO()
-        with self._style():
-            self.figure.savefig(file, format="svg", metadata=NO_METADATA)
         return file.getvalue()
 
     def _style(self) -> Any:

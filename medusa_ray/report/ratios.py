@@ -169,15 +169,11 @@ def _break_even(ratios: dict[int, list[Drawn]]) -> dict[str, Any]:
     ratios_CS = np.array([np.mean([ratio.found_S for ratio in ratios[number]], axis=0) for number in numbers])
     end = Drawn(crossing(numbers, ratios_CS), min(r.num_prompts for found in ratios.values() for r in found))
     bounds = end.interval
+    point, ends = _in_words(end.point, numbers), [_in_words(bound, numbers) for bound in bounds or []]
     return {
         "concurrency": end.point if 0 < end.point < math.inf else None,
         "ci95": [bound if 0 < bound < math.inf else None for bound in bounds] if bounds else None,
-        "text": _in_words(end.point, numbers)
-        + (
-            " (95% interval {} to {})".format(*(_in_words(bound, numbers) for bound in bounds))
-            if bounds
-            else ""
-        ),
+        "text": point if set(ends) <= {point} else "{} (95% interval {} to {})".format(point, *ends),
     }
 
 
