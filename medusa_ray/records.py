@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of report.json
 
 TOKENS = pa.list_(pa.int32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -78,19 +78,28 @@ REPLIES = pa.schema([("id", pa.string()), ("reply", pa.string()), ("reference", 
 REQUESTS = pa.schema(
     [
         ("arm", pa.string()),  # target's name
-        ("load", pa.string()),  # synchronous | throughput | concurrency=N
+        (
+            "load",
+            pa.string(),
+        ),  # synchronous | concurrency=N | throughput | poisson=R | constant=R, R requests/s
         ("round", pa.int32()),
         ("prompt", pa.int32()),  # index of the prompt in the traffic
+        ("category", pa.string()),  # what kind of prompt: its `source`; null where the prompts have none
         ("start_s", pa.float64()),  # seconds since the epoch
+        (
+            "wait_s",
+            pa.float64(),
+        ),  # when it was due to when it was sent; null unless the load is open, with a rate
         ("latency_s", pa.float64()),  # send to last byte
         ("ttft_s", pa.float64()),  # send to first content
+        ("last_s", pa.float64()),  # send to last content
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        ("events", pa.int32()),  # of the stream, with content; null where it was not streamed
         ("num_steps", pa.int32()),  # engine steps after prefill; null where a server does not tell
-        (
-            "accepted_histogram",
-            pa.list_(pa.int32()),
-        ),  # [j]: steps that accepted exactly j guesses; null likewise
+        ("draft_tokens", pa.int32()),  # guesses verified; null likewise
+        # [j]: steps that accepted exactly j guesses; null likewise
+        ("accepted_histogram", pa.list_(pa.int32())),
         ("text", pa.string()),
         ("error", pa.string()),  # null when good
     ]
@@ -116,12 +125,22 @@ REQUESTS = pa.schema(
 # evaluation/evaluation.json; near_ties are excused differences, engine is null when nothing was timed:
 #   {"prompts": n, "quality": {"exact_match": x}, "hardware": {}, "model": {"dtype": x, "num_parameters": n},
 #    "parity": {"prompts": n, "token_exact": n, "near_ties": n},
-#    "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager", "threads": n}}
+#    "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager", "threads": n,
+#               "by_batch": {SIZE: {"baseline": x, "medusa": x, "acceleration": x, "step_cost_ratio": x,
+#                                   "predicted": r, "measured": r}}}}
+# predicted is acceleration / step_cost_ratio, and that the time of a step with the tree over that of one without.
 # evaluation/quality.json, only where something can run the answers:
 #   {"execution_accuracy": x, ...}
-# bench/bench.json; serve_paths only where several paths were measured:
-#   {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}},
+# bench/bench.json; shares are of one CPU core, a value a round; serve_paths only where several paths were measured, ramp
+# only where the number of replicas was to follow the load:
+#   {"hardware": {...}, "versions": {...}, "traffic": {...},
+#    "arms": {ARM: {"info": {...}, "guidellm": {...}, "replicas": [at the start, at the end]}},
+#    "client": {ARM: {LOAD: [share, ...]}}, "not_comparable": [LOAD, ...],
+#    "checks": {"double_bos": n, "overlap": {"checked": bool, "exact": n, "near": n, "of": n}},
+#    "ramp": {"arm": ARM, "steps": [[second, concurrency], ...], "replicas": [[second, running, wanted], ...],
+#             "latency": [[second, p50_s, p99_s], ...]},
 #    "serve_paths": {PATH: {FIGURE: x}}}
+# report/report.json: see report/schema.py, and report/report.schema.json beside it.
 
 
 def first_position(num_prompt: int, loss_on: str) -> int:
