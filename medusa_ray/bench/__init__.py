@@ -49,6 +49,8 @@ def run(config: TrafficConfig) -> str:
     if provenance.is_complete(config.output, settings, inputs):
         return config.output
     prompts = read_prompts(config.prompts)[: config.num_requests]
+    for name, target in config.targets.items():
+        targets.api_key(name, target)
     with (
         tempfile.TemporaryDirectory(prefix="medusa_ray_bench_", ignore_cleanup_errors=True) as folder,
         GuideLLM(Path(folder)) as client,
@@ -107,8 +109,7 @@ def check_prompts(config: TrafficConfig, prompts: list[Prompt]) -> dict[str, Any
 def measure(config: TrafficConfig, prompts: list[Prompt], client: GuideLLM, folder: Path) -> Measured:
     """The listed loads in all rounds, and then those of the search for the break-even concurrency."""
     # Prompts come again when there are fewer of them than requests.
-    data = folder / "prompts.parquet"
-    guidellm.write_data([prompts[i % len(prompts)] for i in range(config.num_requests)], data)
+    sent = [prompts[i % len(prompts)] for i in range(config.num_requests)]
     measured = Measured(
         aggregates={arm: {} for arm in config.targets}, client={arm: {} for arm in config.targets}
     )
@@ -116,11 +117,13 @@ def measure(config: TrafficConfig, prompts: list[Prompt], client: GuideLLM, fold
     def send(loads: list[str]) -> None:
         for round_, load, arm in plan(config, loads):
             target = config.targets[arm]
-            key = targets.api_key(arm, target)
-            words = guidellm.arguments(config, target, load, data, prompts[0], round_, key)
+            due_s = guidellm.due_s(load, len(sent), config.seed + round_)
+            data = folder / (f"{load}-{round_}.parquet" if due_s else "closed.parquet")
+            if not data.exists():
+                guidellm.write_data(sent, data, due_s)
+            words = guidellm.arguments(config, target, load, data, prompts[0], targets.api_key(arm, target))
             report = guidellm.run_whole(client, words, config)
-            is_open = load.startswith(("poisson", "constant"))
-            found = guidellm.rows_of(report, prompts, config.max_seconds, is_open)
+            found = guidellm.rows_of(report, prompts, config.max_seconds, is_open=due_s is not None)
             measured.rows += [{"arm": arm, "load": load, "round": round_, **row} for row in found]
             measured.aggregates[arm].setdefault(load, []).append(guidellm.aggregates_of(report))
             busiest = client.watch.busiest(*span_s(found))

@@ -45,13 +45,28 @@ AGGREGATES = (
 )
 
 
-def write_data(prompts: list[Prompt], file: Path) -> None:
-    """The prompts in the order in which they are sent, as Parquet that GuideLLM reads."""
+def due_s(load: str, num_requests: int, seed: int) -> list[float] | None:
+    """When each request of an open load is due, in seconds after the first; None for a load that is closed.
+
+    Drawn here, as GuideLLM's own arrivals of one seed are not quite the same in two runs.
+    """
+    kind, _, rate = load.partition("=")
+    if kind not in ("poisson", "constant"):
+        return None
+    gaps_s = np.full(num_requests - 1, 1 / float(rate))
+    if kind == "poisson":
+        gaps_s = np.random.default_rng(seed).exponential(gaps_s)
+    return [0.0, *np.cumsum(gaps_s).tolist()]
+
+
+def write_data(prompts: list[Prompt], file: Path, due_s: list[float] | None = None) -> None:
+    """The prompts in the order in which they are sent, and when, as Parquet that GuideLLM reads."""
     if prompts[0].is_chat:
         column, values = "messages", pa.array([prompt.asked for prompt in prompts], records.MESSAGES)
     else:
         column, values = "text", pa.array([prompt.asked for prompt in prompts], pa.string())
-    pq.write_table(pa.table({column: values}), file)
+    columns = {column: values} | ({"relative_timestamp": pa.array(due_s)} if due_s else {})
+    pq.write_table(pa.table(columns), file)
 
 
 def arguments(
@@ -60,7 +75,6 @@ def arguments(
     load: str,
     data: Path,
     prompt: Prompt,
-    round_: int = 0,
     key: str | None = None,
 ) -> list[str]:
     """The command line of one `guidellm run`, but for its output. prompt: one of those in `data`."""
@@ -79,8 +93,6 @@ def arguments(
         ("--backend", backend),
         ("--profile", profile(config, load)),
         ("--data", {"kind": "parquet_file", "path": str(data)}),
-        # Arrivals of an open load are drawn from it: the same for each arm of a round.
-        ("--seed", {"kind": "static", "value": config.seed + round_}),
         # The data end here too, but GuideLLM 0.8.1 never returns when the last request ends before it has
         # noticed that, as happens on a dead server.
         ("--constraint", {"kind": "max_requests", "count": config.num_requests}),
@@ -96,7 +108,7 @@ def profile(config: TrafficConfig, load: str) -> dict[str, Any]:
     if kind == "concurrency":
         return {"kind": "concurrent", "streams": [int(number)]}
     if kind in ("poisson", "constant"):
-        return {"kind": kind, "rate": [float(number)]}
+        return {"kind": "replay", "schedule_turn": "timestamp"}  # at the times that the data have
     return {"kind": kind, "max_concurrency": config.max_concurrency} if kind == "throughput" else {"kind": kind}
 
 

@@ -37,7 +37,6 @@ def api_key(name: str, target: TargetConfig) -> str | None:
 
 def check(name: str, target: TargetConfig, prompt: Prompt, config: TrafficConfig) -> Any:
     """The target's /info, or None where it has none. Raises UserError unless it answers a first prompt."""
-    api_key(name, target)
     try:
         models = [model["id"] for model in _call(target, "/v1/models", CHECK_TIMEOUT_S)["data"]]
     except urllib.error.HTTPError as error:
