@@ -50,6 +50,7 @@ LIBRARIES = {
         "fastapi",
         "huggingface_hub",
         "prometheus_client",
+        "psutil",
         "ray",
         "starlette",
         "tensorboard",

@@ -203,13 +203,20 @@ def serve(serve_yaml: Annotated[str, typer.Argument(metavar="SERVE.YAML", show_d
                 stage.shutdown()
 
 
-@app.command()
-def bench(traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", show_default=False)]) -> None:
+@app.command(context_settings=LENIENT)
+def bench(
+    traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
     """Send the same traffic to each target, interleaved, and keep a row per request."""
     from medusa_ray import config
+    from medusa_ray.bench import blog
     from medusa_ray.cli.cluster import check_writable
 
-    traffic = config.load(config.TrafficConfig, traffic_yaml)
+    words = [traffic_yaml, *(overrides or ())]
+    if blog.is_old_line(words):
+        raise config.UserError(blog.answer(words))
+    traffic = config.load(config.TrafficConfig, traffic_yaml, overrides or ())
     check_writable(traffic.output)
     with step("bench") as facts:
         from medusa_ray import bench as stage
