@@ -12,14 +12,16 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.metrics import Gauge
 
-from medusa_ray.config import ApplicationConfig, EngineConfig, UserError
+from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig
 from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
-from medusa_ray.serve.server import Server
+from medusa_ray.serve.server import RETRY_AFTER_S, Server
 
-DEPLOYMENT = "Engine"  # the name that `deployments:` in a serve file overrides
 PUBLISH_EVERY_S = 5.0
+DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
+
+(DEPLOYMENT,) = DEPLOYMENTS["medusa_ray.serve:build_app"]
 
 
 @serve.ingress()
@@ -52,25 +54,30 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
     defaults = {
         "max_ongoing_requests": limit,
         "max_queued_requests": limit,
+        "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        "health_check_period_s": 3,  # the third in a row that fails ends a replica
+        "health_check_timeout_s": 30,  # a long prompt holds a step up, which is no illness
         "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": REQUEST_TIMEOUT_S + DEREGISTRATION_S,
+        # What a first replica dies of, a wrong path say, would kill the second and third one too.
+        "max_constructor_retry_count": 1,
     }
     return deployment.options(**{**defaults, **options}).bind(args)
 
 
 def application(app: ApplicationConfig) -> serve.Application:
     """The application with the file's overrides of its one deployment."""
-    # What a first replica dies of, a wrong path say, would kill the second and third one too.
-    options: dict[str, Any] = {"max_constructor_retry_count": 1}
+    options: dict[str, Any] = {}
     for override in app.deployments:
-        if override.name != DEPLOYMENT:
-            raise UserError(
-                f"application {app.name} overrides a deployment named {override.name!r}, but its only one is "
-                f"{DEPLOYMENT!r}."
-            )
-        options |= override.model_dump(exclude_none=True, exclude={"name"})
+        options = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.num_replicas == "auto" or override.autoscaling_config:
+            # Ray's own target, 2, would start a replica for a batch that is all but empty.
+            scaling = options.get("autoscaling_config") or {}
+            options["autoscaling_config"] = {"target_ongoing_requests": app.args.max_batch_size, **scaling}
     if app.runtime_env:
-        actor_options = options.get("ray_actor_options", {})
-        options["ray_actor_options"] = {"runtime_env": app.runtime_env, **actor_options}
+        actor_options = options.get("ray_actor_options") or {}
+        environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
+        options["ray_actor_options"] = environment | actor_options
     return _bind(app.args, **options)
 
 
