@@ -457,6 +457,28 @@ def test_each_application_has_its_own_name_facts_and_metrics(urls: dict[str, str
 
 
 @pytest.mark.ray
+def test_ray_tells_the_metrics_of_every_replica(urls: dict[str, str]) -> None:
+    """Behind the proxy /metrics is that of one replica, whichever answers."""
+    response = httpx.post(f"{urls['medusa']}{CHAT_URL}", json=CHAT, headers={"x-request-id": "mine"}, timeout=60)
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    here = httpx.get(f"{urls['medusa']}/metrics").text
+    assert 'replica="' in here
+    node = ray.nodes()[0]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        f'{name}{{application="{app}"'
+        for app in urls
+        for name in ("ray_medusa_ray_request_count_total", "ray_medusa_ray_e2e_request_latency_seconds_bucket")
+    }
+    lines: list[str] = []
+    deadline_s = time.monotonic() + 60
+    while not all(any(line.startswith(start) for line in lines) for start in wanted):
+        assert time.monotonic() < deadline_s, [line for line in lines if "medusa_ray_request_count" in line]
+        time.sleep(1)
+        lines = httpx.get(page, timeout=30).text.splitlines()
+
+
+@pytest.mark.ray
 def test_a_client_of_ray_serve_that_hangs_up_leaves_nothing_running(urls: dict[str, str]) -> None:
     """Unseen, such requests run to their end and take the place of those that somebody waits for."""
     url = urls["baseline"]
