@@ -2,24 +2,26 @@
 
 from medusa_ray.openai_api.replies import Reply
 from medusa_ray.openai_api.requests import (
-    NEUTRAL,
     AnyRequest,
     ApiError,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
     num_new_tokens,
     parse,
 )
 from medusa_ray.openai_api.responses import Envelope, error_events, model_list
 
 __all__ = [
-    "NEUTRAL",
     "AnyRequest",
     "ApiError",
     "ChatRequest",
     "CompletionRequest",
+    "DetokenizeRequest",
     "Envelope",
     "Reply",
+    "TokenizeRequest",
     "error_events",
     "model_list",
     "num_new_tokens",

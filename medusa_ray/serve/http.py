@@ -12,7 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from medusa_ray import openai_api
-from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope
+from medusa_ray.openai_api import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Envelope,
+    TokenizeRequest,
+)
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Piece, Server
 
@@ -40,6 +47,20 @@ def build_api(server: Server) -> FastAPI:
     @api.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
         return await _respond(server, http, CompletionRequest)
+
+    @api.post("/tokenize")
+    async def tokenize(http: HttpRequest) -> Response:
+        try:
+            return JSONResponse(server.tokenize(openai_api.parse(TokenizeRequest, await _body(http))))
+        except ApiError as error:
+            return _error(error)
+
+    @api.post("/detokenize")
+    async def detokenize(http: HttpRequest) -> Response:
+        try:
+            return JSONResponse(server.detokenize(openai_api.parse(DetokenizeRequest, await _body(http))))
+        except ApiError as error:
+            return _error(error)
 
     @api.get("/v1/models")
     async def models() -> Response:
@@ -86,12 +107,13 @@ async def _respond(
 
 async def _whole(pieces: AsyncGenerator[Piece], envelope: Envelope) -> dict[str, Any]:
     async with aclosing(pieces):
-        texts = [(text, reply) async for text, reply in pieces]
-    return envelope.body("".join(text for text, _ in texts), texts[-1][1])
+        async for text, reply in pieces:
+            envelope.add(text, reply)
+    return envelope.body()
 
 
 class EventStream(StreamingResponse):
-    """The events of one reply. When the client hangs up, the request is cancelled at once."""
+    """The events of one request. When the client hangs up, the request is cancelled at once."""
 
     def __init__(self, first: Piece, pieces: AsyncGenerator[Piece], envelope: Envelope) -> None:
         self._first, self._pieces, self._envelope = first, pieces, envelope
