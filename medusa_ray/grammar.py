@@ -8,17 +8,17 @@ import asyncio
 import json
 import re
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -191,9 +191,8 @@ class Grammars:
                         "this base has no end-of-sequence token, by which its replies could end"
                     )
                 try:
-                    self._vocabulary = from_tokenizer(
-                        cast("Any", self._tokenizer), self.vocab_size, self._end_ids
-                    )
+                    text = _without_special_texts(self._tokenizer.backend_tokenizer.to_str())
+                    self._vocabulary = LLTokenizer(text, self.vocab_size, self._end_ids)
                 except Exception as error:  # whatever llguidance says of a tokenizer that is not of bytes
                     raise GrammarError(
                         f"this base's tokenizer cannot be held to grammars: {error}"
@@ -237,6 +236,25 @@ class Matcher:
         allowed_V = _allowed(self._matcher, len(self._compiled.start_V))
         _raise_failure(self._matcher)
         return allowed_V
+
+
+def _without_special_texts(tokenizer: str) -> str:
+    """A tokenizer's JSON with names for its special tokens that no text has.
+
+    Where a grammar leaves one text only, llguidance has it tokenized, and would find the token in `<|end|>`.
+    """
+    spec = json.loads(tokenizer)
+    names = {
+        token["content"]: f"<|{uuid.uuid4().hex}|>" for token in spec["added_tokens"] if token["special"]
+    }
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, dict):
+        spec["model"]["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
+    else:  # unigram: pairs of a text and its score
+        spec["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+    return json.dumps({**spec, "post_processor": None, "truncation": None, "padding": None})
 
 
 def _num_same(one: list[int], other: list[int]) -> int:
