@@ -149,7 +149,7 @@ def test_the_engine_gets_every_setting_and_the_client_the_logprobs(chat: Chat) -
         (400, {"messages": [{"role": "user", "content": "x" * 600}]}, "at most 511 (max_input_tokens)"),
         (400, {"stop": list("abcde")}, "stop has 5 strings, but at most 4 (max_stop_sequences)"),
         (400, {"max_tokens": 511}, "ask for at most"),
-        (400, {"tools": [{"type": "function"}]}, "tools is not supported"),
+        (400, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
         (400, {"temperature": 3}, "temperature is 3"),
         (400, {"logit_bias": {"262": 1}}, "logit_bias has the token id 262, outside 0 ... 261"),
     ],
