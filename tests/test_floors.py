@@ -30,6 +30,7 @@ FLOORS = {
         "chat",
         "grammar",
         "openai_api",
+        "tgi_api",
         "states",
         *(
             f"medusa.{name}"

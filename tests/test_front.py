@@ -295,6 +295,8 @@ def test_a_server_is_warm_before_it_serves_and_health_steps_for_real(tiny_base: 
         64,
         128,
     )
+    assert len(info["heads_version"]) == 12
+    assert f'version="{info["heads_version"]}"' in client.get("/metrics").text
     served.engine.failure = RuntimeError("bang")
     assert client.get("/health").status_code == 503
 

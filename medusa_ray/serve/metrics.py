@@ -80,7 +80,8 @@ class Metrics:
             yield gauge(
                 "tree_expected_tokens", "Tokens that a step is expected to commit.", sizer.tokens(sizer.size)
             )
-        heads = {"heads": self._server.args.heads or "none"}
+        server = self._server
+        heads = {"heads": server.args.heads or "none", "version": server.heads_version or "none"}
         yield gauge("heads_info", "1, for the heads that are served.", 1, heads)
 
     def _histograms(self) -> Iterator[Metric]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from medusa_ray.chat import Chat, Message
 from medusa_ray.config import EngineConfig
 from medusa_ray.grammar import Grammar, GrammarError, Grammars, Matcher
 from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.heads import WEIGHTS
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
 from medusa_ray.openai_api import (
@@ -58,6 +60,7 @@ class Server:
         self.grammars = Grammars(chat.tokenizer, engine.vocab_size, engine.eos_ids)
         self.api_keys = _api_keys(args.api_key_env)
         self.replica = replica
+        self.heads_version = _heads_version(args.heads)
         self.totals = Totals()
         self._probe: asyncio.Task[None] | None = None
 
@@ -329,6 +332,7 @@ class Server:
             "aliases": self.args.aliases,
             "base": self.args.base,
             "heads": self.args.heads,
+            "heads_version": self.heads_version,
             "num_heads": engine.num_heads,
             "head_layout": heads.layout if heads else None,
             "draft_vocab_size": heads.draft_vocab_size if heads else None,
@@ -341,6 +345,15 @@ class Server:
             "payload_limit": self.args.payload_limit,
             "logged_share": self.traffic.config.share if self.traffic else 0.0,
         }
+
+
+def _heads_version(folder: str | None) -> str | None:
+    """What tells heads from those that had their folder before; None for none."""
+    weights = Path(folder or "") / WEIGHTS
+    if folder is None or not weights.exists():
+        return None
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _api_keys(variable: str | None) -> list[bytes]:
