@@ -596,20 +596,45 @@ class EngineConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
-    max_total_tokens: int = Field(2048, gt=0, description="Longest prompt plus reply, in tokens.")
-    max_queued_requests: int = Field(
-        256, ge=0, description="Requests that may wait; one more is answered 429."
+    max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
+    max_input_tokens: int | None = Field(
+        None, gt=0, description="Longest prompt, in tokens; null for one less than max_total_tokens."
     )
     max_concurrent_requests: int = Field(
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
-    api_key_env: str | None = Field(None, description="Environment variable that holds the API key.")
+    max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
+    api_key_env: str | None = Field(
+        None,
+        min_length=1,
+        description="Environment variable of the replica that holds the API key, or several with commas between; null "
+        "lets everybody in.",
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Origins of web pages that may call, '*' for any; none by default."
+    )
+    log_prompts: bool = Field(False, description="Lines of the access log have prompts and replies too.")
     threads: int | None = Field(
         None, gt=0, description="torch threads on a CPU; null leaves torch's own choice."
     )
     traffic_log: TrafficLogConfig | None = Field(
         None, description="Keeps the chats that are answered; null, the default, keeps nothing."
     )
+
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> "EngineConfig":
+        if self.max_concurrent_requests < self.max_batch_size:
+            raise ValueError(
+                f"args.max_concurrent_requests is {self.max_concurrent_requests}, fewer than max_batch_size, "
+                f"{self.max_batch_size}: rows of the batch would stay empty. Raise the first or lower the second."
+            )
+        if self.max_input_tokens is not None and self.max_input_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"args.max_input_tokens is {self.max_input_tokens}, but max_total_tokens, which counts the reply too, "
+                f"is {self.max_total_tokens}. Set it to at most {self.max_total_tokens - 1}."
+            )
+        return self
 
 
 # Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys

@@ -18,7 +18,6 @@ from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
 
-MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for /v1/completions; chat has none
@@ -51,7 +50,7 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
         kind = "server_error" if status >= 500 else "invalid_request_error"
         if status == 429:
             kind = "rate_limit_error"
@@ -59,6 +58,14 @@ class ApiError(Exception):
 
 
 # -------------------------------------------------------------------------------------------------- requests
+
+
+def check_stop(stop: list[str]) -> list[str]:
+    """The stop strings. Raises ValueError when one is empty or too long."""
+    for text in stop:
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise ValueError(f"a stop string has {len(text)} characters; expected 1 to {MAX_STOP_CHARACTERS}")
+    return stop
 
 
 class Incoming(BaseModel):
@@ -93,6 +100,9 @@ class ChatMessage(Incoming):
 class GenerationRequest(Incoming):
     """The fields that chat and text completions share. Null is a field left out."""
 
+    length_field: ClassVar = "max_tokens"
+    num_unasked: ClassVar = None  # tokens of a reply whose request asks for no number; None for all that fit
+
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -110,7 +120,7 @@ class GenerationRequest(Incoming):
     deadline_s: float | None = Field(None, gt=0)
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: list[str] = Field([], max_length=MAX_STOP_STRINGS)
+    stop: list[str] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None  # vLLM's extension, which load generators send
@@ -124,12 +134,7 @@ class GenerationRequest(Incoming):
     @field_validator("stop")
     @classmethod
     def _stop_strings_have_a_length(cls, stop: list[str]) -> list[str]:
-        for text in stop:
-            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-                raise ValueError(
-                    f"a stop string has {len(text)} characters; expected 1 to {MAX_STOP_CHARACTERS}"
-                )
-        return stop
+        return check_stop(stop)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -147,6 +152,7 @@ class GenerationRequest(Incoming):
 
 class ChatRequest(GenerationRequest):
     kind: ClassVar = "chat"
+    input_field: ClassVar = "messages"
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -176,6 +182,7 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     kind: ClassVar = "completion"
+    input_field: ClassVar = "prompt"
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -206,7 +213,7 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
     _refuse_unsupported(request)
     if isinstance(request, ChatRequest):
         for i, message in enumerate(request.messages):
@@ -216,7 +223,8 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     return request
 
 
-def _explain(error: ValidationError) -> ApiError:
+def explain(error: ValidationError) -> ApiError:
+    """The first problem, as the client is told of it."""
     problem = error.errors(include_url=False)[0]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.")
@@ -242,28 +250,37 @@ def _refuse_unsupported(model: Incoming, prefix: str = "", harmless: set[str] = 
         raise ApiError(400, message, field, "unsupported")
 
 
-def num_new_tokens(
-    request: ChatRequest | CompletionRequest, num_prompt_tokens: int, max_total_tokens: int
-) -> int:
-    """How long the reply may get. Raises ApiError 400, naming both numbers, when the model cannot hold it."""
-    field = "messages" if isinstance(request, ChatRequest) else "prompt"
+def num_new_tokens(request: Any, num_prompt_tokens: int, max_input_tokens: int, max_total_tokens: int) -> int:
+    """How long the reply to a request, of any protocol, may get. Raises ApiError 400, naming field, value and limit,
+    when there is no room for it."""
+    field = request.input_field
     if num_prompt_tokens == 0:
         raise ApiError(400, f"{field} is empty: it has no tokens, and at least one is needed.", field)
-    room = max_total_tokens - num_prompt_tokens
-    wanted = request.num_wanted
-    if room < 1:
+    if num_prompt_tokens > max_input_tokens:
         message = (
-            f"{field} has {num_prompt_tokens} tokens, but this model holds {max_total_tokens} of prompt and "
-            "reply together; shorten it."
+            f"{field} has {num_prompt_tokens} tokens, but at most {max_input_tokens} (max_input_tokens) are taken; "
+            "shorten it."
         )
         raise ApiError(400, message, field, "context_length_exceeded")
-    if wanted is not None and wanted > room:
+    room = max_total_tokens - num_prompt_tokens
+    wanted = request.num_wanted
+    if wanted is None:
+        return room if request.num_unasked is None else min(room, request.num_unasked)
+    if wanted > room:
         message = (
-            f"{field} has {num_prompt_tokens} tokens and max_tokens is {wanted}, together "
-            f"{num_prompt_tokens + wanted}, but this model holds {max_total_tokens}; ask for at most {room}."
+            f"{field} has {num_prompt_tokens} tokens and {request.length_field} is {wanted}, together "
+            f"{num_prompt_tokens + wanted}, but prompt and reply may have {max_total_tokens} (max_total_tokens); ask "
+            f"for at most {room}."
         )
-        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-    return room if wanted is None else wanted
+        raise ApiError(400, message, request.length_field, "context_length_exceeded")
+    return wanted
+
+
+def check_num_stop(stop: list[str], field: str, max_stop_sequences: int) -> None:
+    """Raises ApiError 400 when there are too many."""
+    if len(stop) > max_stop_sequences:
+        message = f"{field} has {len(stop)} strings, but at most {max_stop_sequences} (max_stop_sequences) are taken."
+        raise ApiError(400, message, field)
 
 
 # -------------------------------------------------------------------------------------------------- replies
@@ -330,11 +347,16 @@ class Reply:
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
-    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
-        """Text, log-probability and alternatives of each token since the last call."""
-        text = self._detokenizer.token_text
+    def take_entries(self) -> list[Logprob]:
+        """Log-probability and alternatives of each token since the last call, when asked for."""
         taken, self._logprobs = self._logprobs, []
-        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in taken]
+        return taken
+
+    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
+        """Likewise, by text."""
+        text = self._detokenizer.token_text
+        entries = self.take_entries()
+        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in entries]
 
     def take_token_ids(self) -> list[int]:
         """Each token since the last call."""
@@ -474,6 +496,11 @@ def _likeliest(alternatives: list[tuple[str, float]]) -> dict[str, float]:
     for text, logprob in alternatives:
         named.setdefault(text, logprob)
     return named
+
+
+def error_body(error: ApiError) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error."""
+    return error.status, error.body
 
 
 def error_events(error: ApiError) -> str:

@@ -62,6 +62,11 @@ class PagedCache:
         """Pages that can be had, those that keep an unused beginning among them."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages that sequences hold."""
+        return 1 - self.num_free_pages / (len(self._num_users) - 1)
+
     @staticmethod
     def pages_for(num_tokens: int) -> int:
         return -(-num_tokens // PAGE_SIZE)

@@ -123,6 +123,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack, max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
         self.failure: Exception | None = None
+        self.last_step_s = -math.inf  # when its thread last came to the end of one, on the monotonic clock
         self._guesser = heads.stack() if heads else None
         self._pass: compiled.Pass = TreePass(backbone)
         self._built: compiled.Pass | None = None  # compiled, and not yet adopted
@@ -535,6 +536,20 @@ class Engine:
         self._try(batch, tree, context).verdict_BX.tolist()
         return time.perf_counter() - started
 
+    def warm_up(self) -> None:
+        """Runs a first request of each kind, so that no user's waits for what is done once. Nothing is counted of it,
+        nor learnt. Before anything streams."""
+        counters, is_adaptive, sizer = self.counters, self.is_adaptive, self.sizer
+        self.counters = Counters(num_accepted_tokens_per_pos=[0] * self.tree.depth)
+        self.is_adaptive, self.sizer = False, None
+        try:
+            num_tokens = min(self.max_total_tokens - 1, self.tree.depth + 3)
+            kinds: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 0}, {"logprobs": 0})
+            for settings in kinds:
+                self.generate([[0]], num_tokens, ignore_eos=True, **settings)
+        finally:
+            self.counters, self.is_adaptive, self.sizer = counters, is_adaptive, sizer
+
     # ------------------------------------------------------------------------------------------- requests
 
     def check(self, request: Request) -> None:
@@ -626,6 +641,7 @@ class Engine:
                 # At once: a first token is not to wait for a step it has no part in.
                 self._send(self._take_in())
                 self._send(self._move_on())
+                self.last_step_s = time.monotonic()
             except Exception as error:
                 self.failure = error
                 failed = RuntimeError(f"the engine has failed: {error}")

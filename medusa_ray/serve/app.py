@@ -3,16 +3,23 @@
 Ingress and engine are together (the *fast* shape), so that a token crosses no other process before the proxy.
 """
 
+import logging
+import threading
+import time
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.metrics import Gauge
 
 from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig
+from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
+from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
 
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
+PUBLISH_EVERY_S = 5.0
 
 (DEPLOYMENT,) = DEPLOYMENTS["medusa_ray.serve:build_app"]
 
@@ -22,13 +29,15 @@ class Replica:
     """A server in a Ray Serve replica."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.server = Server.load(args)
+        self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        _log_to_stderr(calls.LOG)
+        threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.server)
+        return build_api(self.server, tells_id=False)  # Ray Serve puts the x-request-id on responses itself
 
-    def check_health(self) -> None:
-        self.server.check_health()
+    async def check_health(self) -> None:
+        await self.server.check_health()
 
 
 deployment = serve.deployment(name=DEPLOYMENT)(Replica)
@@ -70,3 +79,28 @@ def application(app: ApplicationConfig) -> serve.Application:
         environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
         options["ray_actor_options"] = environment | actor_options
     return _bind(app.args, **options)
+
+
+def _log_to_stderr(log: logging.Logger) -> None:
+    """Ray keeps it in a file of the worker, and tells who listens."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.StreamHandler())
+
+
+def _publish(metrics: Metrics) -> None:
+    """Body of a thread: hands the metrics to Ray every few seconds, so that Prometheus gets those of all replicas.
+
+    Behind Ray Serve's proxy, /metrics is that of whichever replica answers. All samples go as gauges, whose values Ray
+    takes as they are: a counter of Ray's own would need differences, and its histogram each value.
+    """
+    gauges: dict[str, Gauge] = {}
+    while True:
+        for sample in (sample for family in metrics.collect() for sample in family.samples):
+            labels = {
+                name: value for name, value in sample.labels.items() if name != "replica"
+            }  # Ray tells that
+            if sample.name not in gauges:
+                gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(labels))  # type: ignore[arg-type]  # Ray means any length
+            gauges[sample.name].set(sample.value, labels)
+        time.sleep(PUBLISH_EVERY_S)
