@@ -109,6 +109,11 @@ class Sequence:
         """Tokens whose keys and values are in the cache: all but the root."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
 
+    @property
+    def num_slack(self) -> int:
+        """Slots that its pages have beyond its last token."""
+        return len(self.pages) * PAGE_SIZE - len(self.request.prompt_ids) - self.request.max_new_tokens
+
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end the reply."""

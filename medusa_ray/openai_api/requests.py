@@ -1,21 +1,16 @@
-"""OpenAI requests -> checked values, and an engine's steps -> OpenAI responses, stream events and errors.
+"""JSON bodies -> checked requests, or the error that the client is told.
 
 Nothing is silently ignored: a field that would change the answer and is not supported is an error, unless it
-holds the value at which it changes nothing. Each engine step is one stream event, all its tokens in it.
+holds the value at which it changes nothing.
 """
 
 import dataclasses
-import itertools
 import json
-import time
-import uuid
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from medusa_ray.chat import Detokenizer, Message
-from medusa_ray.medusa.acceptance import Logprob
-from medusa_ray.medusa.replies import Delta
+from medusa_ray.chat import Message
 from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
 
 MAX_STOP_CHARACTERS = 256
@@ -55,9 +50,6 @@ class ApiError(Exception):
         if status == 429:
             kind = "rate_limit_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-# -------------------------------------------------------------------------------------------------- requests
 
 
 def check_stop(stop: list[str]) -> list[str]:
@@ -281,234 +273,3 @@ def check_num_stop(stop: list[str], field: str, max_stop_sequences: int) -> None
     if len(stop) > max_stop_sequences:
         message = f"{field} has {len(stop)} strings, but at most {max_stop_sequences} (max_stop_sequences) are taken."
         raise ApiError(400, message, field)
-
-
-# -------------------------------------------------------------------------------------------------- replies
-
-
-class Reply:
-    """The steps of one reply -> the text that may be shown after each, and what the reply cost.
-
-    Text that may begin a stop string is held back until that is known; nothing from a stop string on is ever
-    shown. Tokens of a step that come after a stop string are neither shown nor counted.
-    """
-
-    def __init__(
-        self, detokenizer: Detokenizer, stop: list[str], num_prompt_tokens: int, num_nodes: int
-    ) -> None:
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = 0
-        self.num_steps = 0
-        self.finish_reason: str | None = None
-        self._histogram: list[int] = []
-        self._num_nodes, self._num_guesses = num_nodes, 0
-        self._detokenizer = detokenizer
-        self._stop = stop
-        self._held = ""
-        self._logprobs: list[Logprob] = []  # of the tokens that count, until they are taken
-        self._token_ids: list[int] = []  # likewise
-
-    def push(self, delta: Delta) -> str:
-        """The text that this step allows to be shown, often less than it generated, at its end all."""
-        self.num_steps, self._histogram = delta.num_steps, delta.accepted_histogram
-        self._num_guesses = delta.num_guesses
-        if not self._stop:
-            self.num_tokens += len(delta.token_ids)
-            self._token_ids += delta.token_ids
-            self._logprobs += delta.logprobs or []
-            self.finish_reason = delta.finish_reason
-            text = self._detokenizer.push(delta.token_ids)
-            return text + self._detokenizer.finish() if delta.finish_reason else text
-        shown = ""
-        for i, token in enumerate(
-            delta.token_ids
-        ):  # the one that completes a stop string is the last to count
-            self.num_tokens += 1
-            self._token_ids.append(token)
-            self._logprobs += (delta.logprobs or [])[i : i + 1]
-            shown += self._before_stop(self._detokenizer.push([token]))
-            if self.finish_reason:
-                return shown
-        if delta.finish_reason:
-            shown += self._before_stop(self._detokenizer.finish())
-            if not self.finish_reason:
-                shown += self._held
-                self.finish_reason = delta.finish_reason
-        return shown
-
-    def _before_stop(self, new: str) -> str:
-        """What may be shown of the held-back text and `new`; sets the finish reason at a stop string."""
-        text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.finish_reason = "stop"
-            return text[: min(found)]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
-
-    def take_entries(self) -> list[Logprob]:
-        """Log-probability and alternatives of each token since the last call, when asked for."""
-        taken, self._logprobs = self._logprobs, []
-        return taken
-
-    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
-        """Likewise, by text."""
-        text = self._detokenizer.token_text
-        entries = self.take_entries()
-        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in entries]
-
-    def take_token_ids(self) -> list[int]:
-        """Each token since the last call."""
-        taken, self._token_ids = self._token_ids, []
-        return taken
-
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's usage: tokens, and how many guesses of the heads were right and wrong."""
-        accepted = self._num_accepted()
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_tokens,
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": accepted,
-                "rejected_prediction_tokens": self._num_guesses - accepted,
-            },
-        }
-
-    def metrics(self) -> dict[str, Any]:
-        """vLLM's figures of one request, which GuideLLM and AIPerf keep; a baseline accepts nothing."""
-        accepted, drafted = self._num_accepted(), self._num_guesses
-        return {
-            "speculative_decoding": {
-                "mean_acceptance_length": 1 + accepted / self.num_steps if self.num_steps else 1.0,
-                "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
-                "acceptance_histogram": self._histogram,
-                "num_spec_steps": self.num_steps,
-                "num_accepted_draft_tokens": accepted,
-                "num_draft_tokens": drafted,
-                "num_spec_tokens": self._num_nodes,
-            }
-        }
-
-    def _num_accepted(self) -> int:
-        return sum(count * num for count, num in enumerate(self._histogram))
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
-
-
-# -------------------------------------------------------------------------------------------------- responses
-
-
-class Envelope:
-    """Texts of one reply -> the JSON bodies and stream events that carry them."""
-
-    def __init__(self, request: ChatRequest | CompletionRequest) -> None:
-        self._is_chat = isinstance(request, ChatRequest)
-        options = request.stream_options or StreamOptions()
-        self._include_usage = bool(options.include_usage)
-        self._continuous_usage = bool(options.continuous_usage_stats)
-        self._is_first = True
-        self._has_logprobs = request.num_logprobs is not None
-        self._has_token_ids = bool(request.return_token_ids)
-        self._num_characters = 0  # of the tokens whose logprobs were sent
-        self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self._base = {
-            "id": self.id,
-            "object": "chat.completion" if self._is_chat else "text_completion",
-            "created": self.created,
-            "model": request.model,
-        }
-
-    def body(self, text: str, reply: Reply) -> dict[str, Any]:
-        """The response to a request without streaming."""
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, **self._end(reply)}
-        return {**self._base, "choices": [choice], "usage": reply.usage(), "metrics": reply.metrics()}
-
-    def events(self, text: str, reply: Reply) -> str:
-        """The stream events of one step: none when it shows nothing, the closing ones with the last."""
-        ended = reply.finish_reason is not None
-        if not text and not ended:
-            return ""
-        written = self._event([self._choice(text, reply)], reply, self._continuous_usage)
-        if ended and self._include_usage:
-            written += self._event([], reply, True, metrics=reply.metrics())
-        return written + "data: [DONE]\n\n" if ended else written
-
-    def _choice(self, text: str, reply: Reply) -> dict[str, Any]:
-        end = self._end(reply)
-        if not self._is_chat:
-            return {"index": 0, "text": text, **end}
-        # Only the first delta has the role: OpenAI's client concatenates what it gets.
-        delta = {"role": "assistant", "content": text} if self._is_first else {"content": text}
-        self._is_first = False
-        return {"index": 0, "delta": delta, **end}
-
-    def _end(self, reply: Reply) -> dict[str, Any]:
-        end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
-        return {**end, "token_ids": reply.take_token_ids()} if self._has_token_ids else end
-
-    def _logprobs(self, reply: Reply) -> dict[str, Any] | None:
-        """Those not yet sent. A token that shows no text yet has them in the next event, so tokens may run ahead."""
-        if not self._has_logprobs:
-            return None
-        entries = reply.take_logprobs()
-        if self._is_chat:
-            content = [
-                {**_named(text, value), "top_logprobs": [_named(*pair) for pair in top]}
-                for text, value, top in entries
-            ]
-            return {"content": content, "refusal": None}
-        ends = list(itertools.accumulate((len(text) for text, *_ in entries), initial=self._num_characters))
-        self._num_characters = ends.pop()
-        return {
-            "tokens": [text for text, *_ in entries],
-            "token_logprobs": [value for _, value, _ in entries],
-            "top_logprobs": [_likeliest([*top, (text, value)]) for text, value, top in entries],
-            "text_offset": ends,
-        }
-
-    def _event(self, choices: list[dict[str, Any]], reply: Reply, with_usage: bool, **more: Any) -> str:
-        chunk: dict[str, Any] = {**self._base, "choices": choices, **more}
-        if self._is_chat:
-            chunk["object"] = "chat.completion.chunk"
-        if self._include_usage or with_usage:
-            chunk["usage"] = reply.usage() if with_usage else None
-        return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
-
-
-def _named(text: str, logprob: float) -> dict[str, Any]:
-    """A token as chats have it. Part of a character has no text of its own, and so no bytes are known."""
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
-
-
-def _likeliest(alternatives: list[tuple[str, float]]) -> dict[str, float]:
-    """By text, as text completions have it; of tokens with one text, such as parts of a character, the first."""
-    named: dict[str, float] = {}
-    for text, logprob in alternatives:
-        named.setdefault(text, logprob)
-    return named
-
-
-def error_body(error: ApiError) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error."""
-    return error.status, error.body
-
-
-def error_events(error: ApiError) -> str:
-    """The end of a stream that broke: an explicit error, so that no client takes the text for whole."""
-    return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
-
-
-def model_list(names: list[str]) -> dict[str, Any]:
-    """The body of /v1/models."""
-    models = [{"id": name, "object": "model", "created": 0, "owned_by": "medusa_ray"} for name in names]
-    return {"object": "list", "data": models}
