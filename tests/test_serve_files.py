@@ -157,6 +157,7 @@ def test_a_key_of_ray_serves_that_does_not_fit_here_is_refused_with_the_reason()
         ({"app": {"deployments": [{"name": "Engin"}]}}, r"a deployment named 'Engin'; it has Engine"),
         ({"app": {"deployments": [{"name": "Engine"}] * 2}}, r"overrides the deployment Engine twice"),
         ({"engine": {"num_replicas": 0}}, r"num_replicas is 0"),
+        ({"engine": {"max_queued_requests": 0}}, r"max_queued_requests is 0"),
         ({"engine": {"num_replicas": 2, "autoscaling_config": {}}}, r"num_replicas 2 and autoscaling_config"),
         (
             {"engine": {"autoscaling_config": {"min_replicas": 3}}},
@@ -191,6 +192,7 @@ def test_a_target_below_what_a_replica_takes_can_fire() -> None:
         ({"http": {"host": "0.0.0.0"}}, "medusa let everybody in who reaches it"),
         ({"args": {"device": "cuda"}}, "ask for no num_gpus"),
         ({"engine": {"autoscaling_config": {"max_replicas": 2}}}, "`serve deploy` Ray's 2"),
+        ({"engine": {"num_replicas": "auto"}}, "`serve deploy` Ray's 2"),
         ({"http": {"request_timeout_s": 900}}, "longer than a replica that ends waits for it, 600 s"),
         ({"http": {"request_timeout_s": None}}, "longer than a replica that ends waits for it, 600 s"),
         (
@@ -228,6 +230,14 @@ def test_an_anchor_is_read_as_yaml_has_it_and_a_key_that_stands_twice_is_still_r
     path.write_text(text.replace("*engine", "*engin"))
     with pytest.raises(UserError, match="undefined alias 'engin'"):
         config.read(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "services: {web: {image: x}}", "- a"])
+def test_a_file_of_something_else_is_refused_as_one(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "compose.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"compose\.yaml (has the keys .*; a run has|holds list)"):
+        config.parse_any(config.read(path), str(path))
 
 
 # -------------------------------------------------------------------------------------------- what a file leaves out
