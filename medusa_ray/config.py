@@ -1166,6 +1166,11 @@ def notes(config: ServeConfig) -> list[str]:
     http, found = config.http_options, []
     if "host" not in http.model_fields_set:
         found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
+    if "request_timeout_s" not in http.model_fields_set:
+        found.append(
+            f"http_options.request_timeout_s is not set: `medusa-ray serve` takes {REQUEST_TIMEOUT_S:g} s, `serve "
+            "deploy` has no limit"
+        )
     open_apps = [app.name for app in config.applications if app.args.api_key_env is None]
     if http.host not in ("127.0.0.1", "localhost", "::1") and open_apps:
         found.append(

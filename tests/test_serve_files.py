@@ -47,7 +47,11 @@ def file_of(
     }
     if engine is not None:
         one["deployments"] = [{"name": "Engine", **engine}]
-    return {"http_options": {"host": "127.0.0.1", **dict(http)}, "applications": [one], **dict(top)}
+    return {
+        "http_options": {"host": "127.0.0.1", "request_timeout_s": 600, **dict(http)},
+        "applications": [one],
+        **dict(top),
+    }
 
 
 def parsed(**keys: Any) -> ServeConfig:
@@ -199,7 +203,8 @@ def test_a_target_below_what_a_replica_takes_can_fire() -> None:
             {"engine": {"graceful_shutdown_timeout_s": 20}},
             "longer than a replica that ends waits for it, 20 s",
         ),
-        ({"top": {"http_options": {}}}, "http_options.host is not set"),
+        ({"top": {"http_options": {"request_timeout_s": 600}}}, "http_options.host is not set"),
+        ({"top": {"http_options": {"host": "127.0.0.1"}}}, "http_options.request_timeout_s is not set"),
         (
             {"top": {"applications": [{"name": "a", "args": {"model_id": "m", "base": "b"}}]}},
             "no import_path",
