@@ -647,6 +647,7 @@ class EngineConfig(Strict):
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
     max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    max_client_batch_size: int = Field(4, gt=0, description="Prompts of one request to /v1/completions.")
     payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
     api_key_env: str | None = Field(
         None,
