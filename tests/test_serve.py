@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -449,7 +450,7 @@ def test_each_application_has_its_own_name_facts_and_metrics(urls: dict[str, str
         "medusa_ray_spec_decode_num_drafts_total",
         "medusa_ray_spec_decode_num_draft_tokens_total",
         "medusa_ray_spec_decode_num_accepted_tokens_total",
-        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2"}',
+        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2",replica="',
         "medusa_ray_request_skipped_tokens_sum",
         "medusa_ray_request_skipped_tokens_count",
     ):
@@ -465,17 +466,17 @@ def test_ray_tells_the_metrics_of_every_replica(urls: dict[str, str]) -> None:
     assert 'replica="' in here
     node = ray.nodes()[0]
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = {
-        f'{name}{{application="{app}"'
+    wanted = [
+        re.compile(f'{name}{{.*application="{app}".*replica="', re.MULTILINE)
         for app in urls
-        for name in ("ray_medusa_ray_request_count_total", "ray_medusa_ray_e2e_request_latency_seconds_bucket")
-    }
-    lines: list[str] = []
+        for name in ("^ray_medusa_ray_request_count_total", "^ray_medusa_ray_e2e_request_latency_seconds_bucket")
+    ]
+    text = ""
     deadline_s = time.monotonic() + 60
-    while not all(any(line.startswith(start) for line in lines) for start in wanted):
-        assert time.monotonic() < deadline_s, [line for line in lines if "medusa_ray_request_count" in line]
+    while not all(pattern.search(text) for pattern in wanted):
+        assert time.monotonic() < deadline_s, text
         time.sleep(1)
-        lines = httpx.get(page, timeout=30).text.splitlines()
+        text = httpx.get(page, timeout=30).text
 
 
 @pytest.mark.ray

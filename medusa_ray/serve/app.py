@@ -18,8 +18,8 @@ from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
 
-PUBLISH_EVERY_S = 5.0
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
+PUBLISH_EVERY_S = 5.0
 
 (DEPLOYMENT,) = DEPLOYMENTS["medusa_ray.serve:build_app"]
 
