@@ -192,11 +192,6 @@ def short(load: str) -> str:
     return load.removeprefix("concurrency=").replace("=", "\n")
 
 
-def figures(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:
     """The colour of each arm, the same in every picture."""
     own = {"baseline": BASELINE, "medusa": MEDUSA}

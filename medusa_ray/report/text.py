@@ -206,8 +206,8 @@ def _prompts(report: dict[str, Any]) -> list[str]:
     if not overlap["exact"] and not overlap["near"]:
         return []
     return [
-        f"Of {overlap['of']} prompts {overlap['exact']} are in the training data, and {overlap['near']} are much like some "
-        "that are: acceptance may be better than on prompts to come."
+        f"Of {overlap['of']} prompts {overlap['exact']} are in the training data, and {overlap['near']} are much "
+        "like some that are: acceptance may be better than on prompts to come."
     ]
 
 
@@ -216,8 +216,8 @@ def _unstable(report: dict[str, Any]) -> str | None:
     if not served["unstable"]:
         return None
     return (
-        f"On {served['unstable']} of {served['prompts']} prompts the baseline's own greedy text changes with the load, so "
-        "that the arms' texts are not compared there."
+        f"On {served['unstable']} of {served['prompts']} prompts the baseline's own greedy text changes with the "
+        "load, so that the arms' texts are not compared there."
     )
 
 
@@ -225,4 +225,5 @@ def _peers(report: dict[str, Any]) -> str | None:
     peers = [arm for arm in in_rank(report["arms"])[2:] if (report["arms"][arm]["acceleration"] or 1) > 1]
     if not peers:
         return None
-    return f"Engines count steps each in their own way: compare the times of {', '.join(peers)} with ours, not the acceleration."
+    names = ", ".join(peers)
+    return f"Engines count steps each in their own way: compare the times of {names} with ours, not the acceleration."

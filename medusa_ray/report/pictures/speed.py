@@ -13,6 +13,7 @@ from medusa_ray.report.drawing import (
     PALE,
     QUIET,
     RULE,
+    Columns,
     Picture,
     apart,
     arm_colours,
@@ -20,7 +21,6 @@ from medusa_ray.report.drawing import (
     bars_across,
     beside,
     drawing,
-    figures,
     legend,
     mixed,
     short,
@@ -59,9 +59,9 @@ def speedup(report: dict[str, Any]) -> Picture | None:
         for x, value in enumerate(points.values()):
             _speedup_mark(ax, x, value)
         end = report["break_even"].get("tpot", {}).get("concurrency")
-        if end and (x := _place(list(points), end)) is not None:
-            ax.axvline(x, color=LOSS, linewidth=1, linestyle=(0, (3, 2)))
-            beside(ax, f"break-even {end:.0f}", (x, top), (4, -8), va="center", fontsize=8, color=LOSS)
+        if end and (place := _place(list(points), end)) is not None:
+            ax.axvline(place, color=LOSS, linewidth=1, linestyle=(0, (3, 2)))
+            beside(ax, f"break-even {end:.0f}", (place, top), (4, -8), va="center", fontsize=8, color=LOSS)
         ax.set_ylim(bottom, top)
         ax.set_xlim(-0.5, len(points) - 0.35)
         ax.set_xticks(range(len(points)), [short(load) for load in points])
@@ -108,11 +108,11 @@ def _by_load(report: dict[str, Any], key: str, name: str, title: str, unit: str)
     if not shown:
         return None
     loads, arms = in_order({load for load, _, _ in shown}), in_rank({arm: 0 for _, arm, _ in shown})
-    columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
+    columns: Columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
     columns |= {percent: [found[percent][key] for _, _, found in shown] for percent in ("p50", "p95", "p99")}
     label = f"{title} of each arm by load: bar to the median, line to the p99"
     with drawing(name, title, label, columns) as picture:
-        ax, named = picture.axes, set()
+        ax, named = picture.axes, set[str]()
         for load, arm, found in shown:
             x = loads.index(load) + (arms.index(arm) - (len(arms) - 1) / 2) * 0.36
             colour, tail = arm_colours(arms)[arm], found["p99"][key]
@@ -217,7 +217,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
     if not shown:
         return None
     loads, arms = in_order({load for load, _, _ in shown}), in_rank({arm: 0 for _, arm, _ in shown})
-    columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
+    columns: Columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
     columns |= {key: [good[key] for _, _, good in shown] for key in ("requests_per_s", "share")}
     columns |= {
         "share_low": [g["ci95"][0] for _, _, g in shown],
@@ -225,7 +225,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
     }
     label = "Goodput: requests per second that met the SLO, by load"
     with drawing("goodput", "Goodput under the SLO", label, columns) as picture:
-        ax, named, width = picture.axes, set(), 0.8 / len(arms)
+        ax, named, width = picture.axes, set[str](), 0.8 / len(arms)
         for load, arm, good in shown:
             x = loads.index(load) + (arms.index(arm) - (len(arms) - 1) / 2) * width
             height = good["requests_per_s"] or 0
