@@ -18,7 +18,6 @@ from medusa_ray.report.numbers import tpot_ms
 from medusa_ray.report.samples import Samples
 from medusa_ray.report.summary import Inputs, summarise
 
-LOADS = {"synchronous": 1, "concurrency=1": 1, "concurrency=4": 4, "concurrency=16": 16, "throughput": 32}
 WINNING = {
     "synchronous": 1.46,
     "concurrency=1": 1.44,
@@ -53,6 +52,10 @@ def request_row(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def streams(load: str) -> int:
+    return numbers.concurrency(load) or 32
+
+
 def traffic_rows(
     speedups: dict[str, float], num_prompts: int = 40, num_rounds: int = 2
 ) -> list[dict[str, Any]]:
@@ -62,13 +65,13 @@ def traffic_rows(
     for load in speedups:
         for round_ in range(num_rounds):
             for arm in ("baseline", "medusa"):
-                token_s = 0.0062 * (1 + 0.09 * LOADS[load]) / (speedups[load] if arm == "medusa" else 1)
-                free_s = [60.0 * round_ + (30 if arm == "medusa" else 0)] * LOADS[
+                token_s = 0.0062 * (1 + 0.09 * streams(load)) / (speedups[load] if arm == "medusa" else 1)
+                free_s = [60.0 * round_ + (30 if arm == "medusa" else 0)] * streams(
                     load
-                ]  # when each slot is free
+                )  # when each slot is free
                 for prompt, length in enumerate(lengths):
                     slot = free_s.index(min(free_s))
-                    ttft_s = 0.012 * (1 + 0.15 * LOADS[load]) * draw.uniform(0.9, 1.3)
+                    ttft_s = 0.012 * (1 + 0.15 * streams(load)) * draw.uniform(0.9, 1.3)
                     latency_s = ttft_s + (length - 1) * token_s * draw.lognormvariate(0, 0.08)
                     threes, twos = length // 8, length // 8
                     histogram = [length // 4, length // 6, twos, threes] if arm == "medusa" else [length - 1]
@@ -469,7 +472,7 @@ def test_report_json_has_the_keys_of_the_design_and_fits_its_schema(whole_run):
         "requests", "failed", "requests_per_s", "request_latency_s", "ttft_ms", "tpot_ms", "itl_ms",
         "output_tokens_per_s", "p99",
     }  # fmt: skip
-    assert list(written["arms"]["medusa"]["load"]) == [*LOADS, "poisson=4", "poisson=8"]
+    assert list(written["arms"]["medusa"]["load"]) == [*WINNING, "poisson=4", "poisson=8"]
     assert stable <= set(written["arms"]["medusa"]["load"]["throughput"])
     assert {"output_tokens_per_s", "tpot", "ci95"} <= set(written["speedup"]["synchronous"])
     assert set(written["verdict"]) == {"ship", "up_to_concurrency", "reason"}
