@@ -15,6 +15,7 @@ import pytest
 from medusa_ray import config, provenance, records, report
 from medusa_ray.report import numbers, predicted, ratios, schema
 from medusa_ray.report.numbers import tpot_ms
+from medusa_ray.report.definitions import DEFINITIONS
 from medusa_ray.report.samples import Samples
 from medusa_ray.report.summary import Inputs, summarise
 
@@ -519,8 +520,8 @@ def test_the_table_has_a_row_per_load_and_arm_with_units():
         ["throughput", "baseline", "24"], ["throughput", "medusa", "24"],
     ]  # fmt: skip
     assert rows[0][7].endswith(" tokens/sec")
-    assert rows[0][8:] == ["1.00 tokens/step", "-"]
-    assert rows[1][9].startswith("1.5") or rows[1][9].startswith("1.4")
+    assert [rows[0][8], rows[0][10]] == ["1.00 tokens/step", "-"]
+    assert rows[1][10].startswith("1.5") or rows[1][10].startswith("1.4")
     assert all(len(row) == len(headers) for row in rows)
 
 
@@ -624,3 +625,12 @@ def test_a_losing_run_says_so_in_the_page(tmp_path):
     text = (folder / "report/report.html").read_text(encoding="utf-8")
     assert '<div class="verdict no"><strong>Do not ship</strong>' in text
     assert "says nothing about the answers&#x27; quality" in text
+
+
+def test_the_readme_and_the_page_have_the_same_definitions(whole_page):
+    """One page of definitions: what README promises is what the report computes."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    words = " ".join(readme.split())
+    for term, meaning in DEFINITIONS.items():
+        assert f"* **{term}.** {meaning}" in words
+        assert meaning in Page(whole_page).text

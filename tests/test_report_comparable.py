@@ -68,8 +68,8 @@ def test_prompts_much_like_the_training_data_are_a_caveat():
     """They are what the heads are for; only prompts known by heart make the figures worthless."""
     written = summarise(Inputs(requests=traffic_rows(LOADS, 8), evaluation=PARITY, bench=overlap(2, near=40)))
     assert report.caveats(written) == [
-        "Of 100 prompts 2 are in the training data, and 40 are much like some that are: acceptance may be better than "
-        "on prompts to come."
+        "In the training data: 2 of 100 prompts, and 40 more much like some there; acceptance may be better than on "
+        "prompts to come."
     ]
 
 

@@ -187,9 +187,14 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
     return [placed[index] for index in range(len(values))]
 
 
-def short(load: str) -> str:
-    """A load as a tick says it."""
-    return load.removeprefix("concurrency=").replace("=", "\n")
+def load_axis(ax: Axes, loads: Sequence[str]) -> None:
+    """Loads one apart."""
+    ticks = [load.removeprefix("concurrency=").replace("=", "\n") for load in loads]
+    ax.set_xticks(range(len(loads)), ticks)
+    is_closed = not any("\n" in tick for tick in ticks)
+    ax.set_xlabel(
+        "requests at a time" if is_closed else "requests at a time, or requests per second of an open load"
+    )
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def _speed_tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         before, after = (report["arms"][arm]["load"][load]["ttft_ms"] for arm in ("baseline", "medusa"))
         if before and after:
             note = f"{before:.1f} to {after:.1f} ms, {load}"
-            tiles.append(("Time to first token", f"{after / before - 1:+.0%}", note))
+            tiles.append(("Time to first token", f"{round(after / before - 1, 2) + 0:+.0%}", note))
     return tiles
 
 
@@ -206,11 +206,15 @@ def _plain(value: Any) -> str:
 
 
 def _drawn(pictures: Pictures, notes: dict[str, str]) -> list[str]:
-    """The pictures that there are of those named, each with its note."""
+    """The pictures that there are of those named, each with its note; wide ones scroll on a phone."""
+    shown = [(pictures[name], note) for name, note in notes.items() if name in pictures]
     return [
-        figure(pictures[name].title, pictures[name].inline(), note)
-        for name, note in notes.items()
-        if name in pictures
+        figure(
+            picture.title,
+            f'<div class="scroll">{picture.inline()}</div>' if picture.is_wide else picture.inline(),
+            note,
+        )
+        for picture, note in shown
     ]
 
 

@@ -14,6 +14,7 @@ COLUMNS = (
     ("Inter Token Latency", "ms", "itl_ms", 2),
     ("Output Token Throughput", "tokens/sec", "output_tokens_per_s", 2),
     ("Acceleration", "tokens/step", "acceleration", 2),
+    ("Time per Output Token", "ms", "tpot_ms", 2),
 )
 Table = tuple[list[str], list[list[str]]]  # headers, rows
 
@@ -206,8 +207,8 @@ def _prompts(report: dict[str, Any]) -> list[str]:
     if not overlap["exact"] and not overlap["near"]:
         return []
     return [
-        f"Of {overlap['of']} prompts {overlap['exact']} are in the training data, and {overlap['near']} are much "
-        "like some that are: acceptance may be better than on prompts to come."
+        f"In the training data: {overlap['exact']} of {overlap['of']} prompts, and {overlap['near']} more much like "
+        "some there; acceptance may be better than on prompts to come."
     ]
 
 

@@ -22,8 +22,8 @@ from medusa_ray.report.drawing import (
     beside,
     drawing,
     legend,
+    load_axis,
     mixed,
-    short,
 )
 from medusa_ray.report.numbers import concurrency, in_order, rate
 from medusa_ray.report.predicted import Times, between, step_times
@@ -64,8 +64,7 @@ def speedup(report: dict[str, Any]) -> Picture | None:
             beside(ax, f"break-even {end:.0f}", (place, top), (4, -8), va="center", fontsize=8, color=LOSS)
         ax.set_ylim(bottom, top)
         ax.set_xlim(-0.5, len(points) - 0.35)
-        ax.set_xticks(range(len(points)), [short(load) for load in points])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, list(points))
         ax.set_ylabel("times the baseline")
         at_right(ax, "baseline", 1)
         at_right(ax, "asked for", MIN_SPEEDUP)
@@ -121,8 +120,7 @@ def _by_load(report: dict[str, Any], key: str, name: str, title: str, unit: str)
             ax.plot(x, tail, "_", color=INK, markersize=7)
             named.add(arm)
         ax.set_ylim(0, 1.05 * max(columns["p99"]))
-        ax.set_xticks(range(len(loads)), [short(load) for load in loads])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, loads)
         ax.set_ylabel(unit)
         legend(ax)
     return picture
@@ -235,8 +233,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
                 beside(ax, f"{good['share']:.0%}", (x, height), (0, 2), ha="center", fontsize=8)
             named.add(arm)
         ax.set_ylim(0, 1.15 * max([height or 0 for height in columns["requests_per_s"]] + [0.1]))
-        ax.set_xticks(range(len(loads)), [short(load) for load in loads])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, loads)
         ax.set_ylabel("good requests per second")
         legend(ax, 3)
     return picture
@@ -342,8 +339,7 @@ def step_time(report: dict[str, Any], info: dict[str, Any] | None) -> Picture | 
             ax.bar(range(len(shown)), heights, 0.55, bottom=below, color=colour, label=name)
             below = [low + height for low, height in zip(below, heights, strict=True)]
         ax.set_ylim(0, 1.08 * max(below))
-        ax.set_xticks(range(len(shown)), [short(load) for load in columns["load"]])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, columns["load"])
         ax.set_ylabel("ms per step")
         legend(ax, 3)
     return picture
@@ -397,5 +393,5 @@ def ramp(told: dict[str, Any] | None) -> Picture | None:
         ax.set_yticks([0, 0.5, 1], ["0", "half", "most"])
         ax.margins(x=0)
         ax.set_xlabel("seconds")
-        legend(ax, 3)
+        legend(ax)
     return picture
