@@ -14,8 +14,8 @@ import pytest
 
 from medusa_ray import config, provenance, records, report
 from medusa_ray.report import numbers, predicted, ratios, schema
-from medusa_ray.report.numbers import tpot_ms
 from medusa_ray.report.definitions import DEFINITIONS
+from medusa_ray.report.numbers import tpot_ms
 from medusa_ray.report.samples import Samples
 from medusa_ray.report.summary import Inputs, summarise
 

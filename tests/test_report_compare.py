@@ -7,12 +7,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from test_report import PARITY, Page, traffic_rows
+from test_report import PARITY, Page, traffic_rows, write_run
 
 from medusa_ray import cli, config, report
 from medusa_ray.report import comparison, schema
 from medusa_ray.report.summary import Inputs, summarise
-from test_report import write_run
 
 LOADS = {"synchronous": 1.5, "concurrency=4": 1.4}
 
