@@ -1,5 +1,6 @@
 """Rows worked by hand -> percentiles, goodput, speedup at equal latency, break-even and predicted speedup."""
 
+import random
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,30 @@ def test_categories_have_their_own_acceleration_and_speedup():
     assert found["easy"]["speedup"]["concurrency=1"]["tpot"] == pytest.approx(2)
     assert found["hard"]["speedup"]["concurrency=1"]["tpot"] == pytest.approx(0.5)
     assert found["hard"]["speedup"]["concurrency=1"]["ci95"] is None  # four prompts
+
+
+def test_of_twenty_runs_of_equal_arms_seventeen_see_no_speedup():
+    """Prompts of their own pace, rounds of their own pace, and noise: an interval of rows alone would be too narrow."""
+    num_equal = 0
+    for seed in range(20):
+        draw = random.Random(seed)
+        paces = [draw.uniform(0.9, 1.1) for _ in range(64)]
+        rows = [
+            request_row(
+                arm=arm, prompt=prompt, round=round_, ttft_s=0.1, latency_s=0.1 + pace * moment * noise
+            )
+            for round_ in range(3)
+            for arm in ("baseline", "medusa")
+            for moment in (draw.gauss(1, 0.01),)
+            for prompt, pace in enumerate(paces)
+            for noise in (draw.gauss(1, 0.02),)
+        ]
+        ratio = Samples(rows).quotient("synchronous", tpot_ms)
+        assert ratio is not None
+        low, high = ratio.interval
+        num_equal += low <= 1 <= high
+        assert high - low < 0.1
+    assert num_equal >= 17
 
 
 # ------------------------------------------------------------------------------------------------ predicted

@@ -57,10 +57,13 @@ def step_cost_ratio(times: Times, rows: float, nodes: float) -> float | None:
     >>> step_cost_ratio({1: {1: 0.010, 9: 0.014}, 4: {1: 0.020, 9: 0.030}}, rows=1, nodes=5)
     1.2
     """
-    with_tree, alone = (
-        between({of: between(by_nodes, at) for of, by_nodes in times.items()}, rows) for at in (nodes, 1)
-    )
+    with_tree, alone = (step_seconds(times, rows, size) for size in (nodes, 1))
     return with_tree / alone if with_tree and alone else None
+
+
+def step_seconds(times: Times, rows: float, nodes: float) -> float | None:
+    """Of one step, on the lines between measured sizes; None beyond them."""
+    return between({of: between(by_nodes, nodes) for of, by_nodes in times.items()}, rows)
 
 
 def between(values: Mapping[float, float | None], at: float) -> float | None:
