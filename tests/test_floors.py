@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "medusa_ray"
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
 FLOORS = {
-    PAPER: {"card", "config", "records", "provenance", "parts", "report", "traffic"},
+    PAPER: {"card", "config", "records", "provenance", "parts", "report", "tools", "traffic"},
     MATHS: {
         f"medusa.{name}"
         for name in (
@@ -28,13 +28,14 @@ FLOORS = {
     },
     MODEL: {
         "chat",
+        "grammar",
         "openai_api",
         "states",
         *(
             f"medusa.{name}"
             for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
@@ -43,13 +44,14 @@ FLOORS = {
 LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
-    MODEL: {"peft", "tokenizers", "transformers"},
+    MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",
         "fastapi",
         "huggingface_hub",
         "prometheus_client",
+        "psutil",
         "ray",
         "starlette",
         "tensorboard",
