@@ -44,9 +44,9 @@ class Watched:
         self._watch_engine(step_s)
 
     def _watch_engine(self, step_s: float) -> None:
-        """Counts the steps, of which each may be slowed, and notes when sequences come and when their pages go."""
+        """Counts the steps, of which each may be slowed; notes when sequences come, are cancelled, and lose their pages."""
         engine, scheduler = self.engine, self.engine.scheduler
-        take_in, add, release = engine._take_in, scheduler.add, scheduler.release
+        take_in, add, cancel, release = engine._take_in, scheduler.add, scheduler.cancel, scheduler.release
 
         def counted_take_in() -> Any:
             self.num_steps += 1
@@ -59,13 +59,19 @@ class Watched:
                 self._note(watch_id, "added")
             add(sequence)
 
+        def noted_cancel(sequence: Any) -> None:
+            if watch_id := self._followed.get(sequence):
+                self._note(watch_id, "cancelled")
+            cancel(sequence)
+
         def noted_release() -> Any:
             stay = release()
-            for sequence in [s for s in self._followed if s.finish_reason]:
+            for sequence in [s for s in list(self._followed) if s.finish_reason]:
                 self._note(self._followed.pop(sequence), "freed")
             return stay
 
-        engine._take_in, scheduler.add, scheduler.release = counted_take_in, noted_add, noted_release
+        engine._take_in, scheduler.add = counted_take_in, noted_add
+        scheduler.cancel, scheduler.release = noted_cancel, noted_release
 
     def _note(self, watch_id: str, what: str) -> None:
         trace = self.traces.setdefault(watch_id, {})
@@ -289,9 +295,7 @@ def request_bytes(live: Live, method: str, path: str, body: bytes = b"", **heade
 
 async def ask(live: Live, method: str, path: str, fields: Any = None, **headers: str) -> Answer:
     """One request on a connection of its own; `fields` are JSON, or bytes as they are."""
-    body = (
-        fields if isinstance(fields, bytes) else b"" if fields is None else json.dumps(fields).encode()
-    )
+    body = fields if isinstance(fields, bytes) else b"" if fields is None else json.dumps(fields).encode()
     started_s = time.monotonic()
     connection = await Connection.open(live)
     try:
