@@ -54,7 +54,7 @@ FLOORS = {
                 "graphs",
             ]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
@@ -70,6 +70,7 @@ LIBRARIES = {
         "fastapi",
         "huggingface_hub",
         "prometheus_client",
+        "psutil",
         "ray",
         "starlette",
         "tensorboard",
