@@ -6,9 +6,19 @@ holds the value at which it changes nothing.
 
 import dataclasses
 import json
+import reprlib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema
 
 from medusa_ray.chat import Message
 from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
@@ -17,6 +27,9 @@ MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for /v1/completions; chat has none
 TEMPERATURE = 1.0  # likewise, for both
+
+SHORTLY = reprlib.Repr()
+SHORTLY.maxstring = SHORTLY.maxlong = SHORTLY.maxother = 98
 
 # Fields that say who asks or how to bill: they change no text.
 HARMLESS = {
@@ -60,10 +73,28 @@ def check_stop(stop: list[str]) -> list[str]:
     return stop
 
 
+def _stop_at_first_error(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for inner in schema.values():
+            _stop_at_first_error(inner)
+    elif isinstance(schema, list | tuple):
+        for inner in schema:
+            _stop_at_first_error(inner)
+
+
 class Incoming(BaseModel):
     """JSON as it comes: types are not bent, NaN is no number, and undeclared fields are left to `parse`."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists are looked at up to their first wrong entry: errors of a million of them take seconds to make."""
+        schema = handler(source)
+        _stop_at_first_error(schema)
+        return schema
 
 
 class StreamOptions(Incoming):
@@ -222,11 +253,16 @@ def explain(error: ValidationError) -> ApiError:
         return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.")
     # The members of a union are part of pydantic's path, but not of the client's.
     path = ".".join(str(part) for part in problem["loc"] if part not in ("str", "list[int]"))
+    path = _short(path)
     if problem["type"] == "missing":
         return ApiError(400, f"{path} is missing.", path)
-    came = repr(problem["input"])
-    came = came if len(came) <= 100 else f"{came[:100]}..."
+    came = _short(SHORTLY.repr(problem["input"]))
     return ApiError(400, f"{path or 'The body'} is {came}: {problem['msg']}.", path or None)
+
+
+def _short(text: str) -> str:
+    """What a client sent, as far as an error repeats it."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _refuse_unsupported(model: Incoming, prefix: str = "", harmless: set[str] = HARMLESS) -> None:
@@ -237,7 +273,7 @@ def _refuse_unsupported(model: Incoming, prefix: str = "", harmless: set[str] = 
         if value is None or name in harmless or same:
             continue
         advice = f" or set it to {json.dumps(neutral[0])}" if neutral else ""
-        field = prefix + name
+        field = _short(prefix + name)
         message = f"{field} is not supported by this server; leave it out{advice}."
         raise ApiError(400, message, field, "unsupported")
 
