@@ -10,7 +10,6 @@ import gzip
 import json
 import random
 import re
-import socket
 import threading
 import time
 from collections import Counter
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from live_server import HOST, Answer, Connection, Live, ask, live_server, request_bytes
+from live_server import Answer, Connection, Live, ask, live_server, request_bytes
 
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.openai_api import ChatRequest, CompletionRequest
 
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
-MODELS = {CHAT_URL: ChatRequest, COMPLETION_URL: CompletionRequest}
+TGI_URLS = ("/generate", "/generate_stream", "/")
+TGI: dict[str, Any] = {"inputs": "hi", "parameters": {"max_new_tokens": 8}}
+# A request to each route of the server's OpenAPI document that takes one; a route that is added needs one here.
 GOOD: dict[str, dict[str, Any]] = {
     CHAT_URL: {
         "model": "medusa",
@@ -37,8 +35,10 @@ GOOD: dict[str, dict[str, Any]] = {
         "temperature": 0,
     },
     COMPLETION_URL: {"model": "medusa", "prompt": "hi", "max_tokens": 8, "temperature": 0},
+    **dict.fromkeys(TGI_URLS, TGI),
 }
-MAX_LAG_S = 1.0  # for which nobody else's stream may stand still
+REFERENCES = (CHAT_URL, COMPLETION_URL, "/generate")  # are asked after each attack in turn
+MAX_BUSY_S = 1.0  # of a processor's time, for which the event loop may keep everybody else waiting
 MAX_MESSAGE = 600  # characters of an error, whatever came
 BIG = 1_900_000  # just below the limit of a body
 
@@ -131,7 +131,7 @@ def resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     """A schema itself, where it refers to another; of alternatives the first that is not null."""
     while True:
         if "$ref" in schema:
-            schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+            schema = root[schema["$ref"].rsplit("/", 1)[1]]
         elif options := schema.get("anyOf") or schema.get("oneOf"):
             schema = next(option for option in options if option.get("type") != "null")
         else:
@@ -198,11 +198,19 @@ def beyond(schema: dict[str, Any], root: dict[str, Any]) -> Iterator[tuple[bytes
         yield b'"something else"', ("something else", str(schema["enum"][-1]))
 
 
-def schema_cases(url: str) -> list[Case]:
-    """Every hostile value at every place of a request model, and what lies just beyond each limit."""
-    root = MODELS[url].model_json_schema()
+def schema_cases(live: Live) -> list[Case]:
+    """Every hostile value at every place of every request, and what lies just beyond each limit."""
+    document = asyncio.run(ask(live, "GET", "/openapi.json")).json()
+    root = document["components"]["schemas"]
+    bodies = {url: item["post"]["requestBody"] for url, item in document["paths"].items() if "post" in item}
+    assert set(bodies) == set(GOOD)
+    schemas = {url: body["content"]["application/json"]["schema"] for url, body in bodies.items()}
+    return [case for url, schema in schemas.items() for case in cases_of(url, schema, root)]
+
+
+def cases_of(url: str, whole: dict[str, Any], root: dict[str, Any]) -> list[Case]:
     cases = []
-    for path, schema, put in places(root, root, GOOD[url]):
+    for path, schema, put in places(whole, root, GOOD[url]):
         top = path.split(".")[0]
 
         def body(written: bytes, put: Callable[[Any], Any] = put) -> bytes:
@@ -212,7 +220,7 @@ def schema_cases(url: str) -> list[Case]:
             cases.append(Case(f"{url} {path}: {name}", url, body(written), (top,)))
         for written, says in beyond(schema, root):
             cases.append(Case(f"{url} {path}: beyond, {written[:20]!r}", url, body(written), (top, *says)))
-        if "." not in path and path in root.get("required", ()):
+        if "." not in path and path in resolved(whole, root).get("required", ()):
             left_out = {name: value for name, value in GOOD[url].items() if name != path}
             cases.append(Case(f"{url} {path}: missing", url, json.dumps(left_out).encode(), (path,)))
     return cases
@@ -244,8 +252,9 @@ def hand_made_cases() -> list[Case]:
         + json.dumps(GOOD[CHAT_URL]).encode()[1:],
         **VALUES,
     }
-    cases = [Case(f"{url}: {name}", url, body) for url in MODELS for name, body in whole.items()]
-    for url, good in GOOD.items():
+    cases = [Case(f"{url}: {name}", url, body) for url in GOOD for name, body in whole.items()]
+    for url in (CHAT_URL, COMPLETION_URL):
+        good = GOOD[url]
         for name in (
             "../../etc/passwd",
             "/etc/passwd",
@@ -321,13 +330,15 @@ class Campaign:
     statuses: Counter[int] = field(default_factory=Counter)
     num_good: int = 0
     wrong: list[str] = field(default_factory=list)
-    slow: list[tuple[float, str]] = field(default_factory=list)  # event loop's longest standstill by case
+    slow: list[tuple[float, float, str]] = field(
+        default_factory=list
+    )  # event loop: busy, standing still; case
 
     @classmethod
     async def begin(cls, live: Live) -> "Campaign":
         campaign = cls(live)
-        for url, fields in GOOD.items():
-            campaign.references[url] = text_of(await ask(live, "POST", url, fields))
+        for url in REFERENCES:
+            campaign.references[url] = text_of(await ask(live, "POST", url, GOOD[url]))
         return campaign
 
     async def attack(self, case: Case) -> None:
@@ -340,11 +351,12 @@ class Campaign:
             self.statuses[answer.status] += 1
             self.wrong += [f"{case.name}: {problem}" for problem in problems(answer, case)]
         await self.stay_right()
-        self.slow.append(((await self.live.watched_async())["max_lag_s"], case.name))
+        facts = await self.live.watched_async()
+        self.slow.append((round(facts["max_busy_s"], 2), round(facts["max_lag_s"], 2), case.name))
 
     async def stay_right(self) -> None:
         """A good request is answered as before."""
-        url = (CHAT_URL, COMPLETION_URL)[self.num_good % 2]
+        url = REFERENCES[self.num_good % len(REFERENCES)]
         answer = await asyncio.wait_for(ask(self.live, "POST", url, GOOD[url]), 30)
         assert text_of(answer) == self.references[url]
         self.num_good += 1
@@ -352,23 +364,27 @@ class Campaign:
 
 def text_of(answer: Answer) -> str:
     assert answer.status == 200, answer
+    if "generated_text" in answer.json():
+        return answer.json()["generated_text"]
     choice = answer.json()["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
 def problems(answer: Answer, case: Case) -> Iterator[str]:
-    """What is wrong with an answer: it is a 5xx, or an error that does not say in OpenAI's shape what was wrong."""
+    """What is wrong with an answer: it is a 5xx, or an error that says too little, or not in its protocol's shape."""
     if answer.status < 400:
         return
     if answer.status >= 500:
         yield f"status {answer.status}: {answer.body[:300]!r}"
         return
     try:
-        error = answer.json()["error"]
-        message, param = error["message"], error["param"]
-        assert set(error) >= {"message", "type", "param", "code"}
+        body = answer.json()
+        is_tgi = case.url in TGI_URLS
+        error = {"message": body["error"], "type": body["error_type"]} if is_tgi else body["error"]
+        message, param = error["message"], error.get("param")
+        assert is_tgi or set(error) >= {"message", "type", "param", "code"}
     except (ValueError, KeyError, TypeError, AssertionError):
-        yield f"not in OpenAI's shape: {answer.body[:300]!r}"
+        yield f"not in the protocol's shape: {answer.body[:300]!r}"
         return
     if not message or len(message) > MAX_MESSAGE or len(str(param)) > MAX_MESSAGE:
         yield f"a message of {len(message)} characters, a param of {len(str(param))}"
@@ -438,27 +454,308 @@ def run(live: Live, cases: list[Case]) -> None:
     with Flow(live) as flow:
         campaign = asyncio.run(attack())
     facts = live.watched()
-    slowest = sorted(campaign.slow, reverse=True)[:12]
+    slowest = sorted(campaign.slow, reverse=True)[:10]
     print(*slowest, sep="\n")
     print(
         f"cases={len(cases)} statuses={dict(sorted(campaign.statuses.items()))} good={campaign.num_good} "
-        f"max_lag_s={slowest[0][0]:.2f} max_gap_s={flow.max_gap_s:.2f} events={flow.num_events}"
+        f"max_busy_s={slowest[0][0]} max_lag_s={max(lag for _, lag, _ in campaign.slow)} "
+        f"max_gap_s={flow.max_gap_s:.2f} events={flow.num_events}"
     )
     assert not campaign.wrong, "\n".join([f"{len(campaign.wrong)} of {len(cases)}:", *campaign.wrong[:40]])
     assert campaign.num_good >= len(cases)
-    assert slowest[0][0] <= MAX_LAG_S, slowest
-    assert flow.max_gap_s <= MAX_LAG_S
+    assert slowest[0][0] <= MAX_BUSY_S, slowest
     assert facts["failure"] is None
 
 
 def test_a_sample_of_hostile_bodies_is_refused_in_words(live: Live) -> None:
-    """Each value once and each place several times; the nightly campaign has all of both."""
-    cases = [case for url in MODELS for case in schema_cases(url)]
+    """A different one of thousands would do as well; the nightly campaign has them all."""
+    cases = [*hand_made_cases(), *schema_cases(live)]
     random.Random(0).shuffle(cases)
-    run(live, [*hand_made_cases(), *cases[:400]])
+    run(live, cases[:300])
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_every_hostile_value_at_every_place_is_refused_in_words(live: Live) -> None:
-    run(live, [*hand_made_cases(), *(case for url in MODELS for case in schema_cases(url))])
+    run(live, [*hand_made_cases(), *schema_cases(live)])
+
+
+# ------------------------------------------------------------------------------------------ wrong as HTTP
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes on a connection, and what may come back: statuses, in their order, or None for a connection that ends."""
+
+    name: str
+    parts: tuple[bytes, ...]  # a short while apart
+    allowed: tuple[int | None, ...]
+    ends: bool = False  # whether the client then says that nothing more will come
+
+
+def raw_cases() -> list[Raw]:
+    """What proxies, scanners and those who would smuggle a request send."""
+    body = json.dumps(GOOD[CHAT_URL]).encode()
+    size = str(len(body)).encode()
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    start = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    chunked, length = b"Transfer-Encoding: chunked\r\n", b"Content-Length: " + size + b"\r\n"
+    get = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    refused, either = (400, 413, 431, None), (200, 400, None)
+    cases = [
+        Raw("good", (start + length + b"\r\n" + body,), (200,)),
+        Raw("chunked", (start + chunked + b"\r\n" + chunks,), (200,)),
+        Raw("byte by byte", tuple(bytes([b]) for b in start[-60:]), (400, None), ends=True),
+        Raw("two parts", (start + length + b"\r\n" + body[:9], body[9:]), (200,)),
+        Raw("bytes", (b"\x00\x01\x02\xff\r\n\r\n",), refused),
+        Raw("TLS", (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 300,), refused, ends=True),
+        Raw("HTTP/0.9", (b"GET /health\r\n\r\n",), either),
+        Raw("HTTP/1.0", (b"GET /health HTTP/1.0\r\n\r\n",), (200,)),
+        Raw("HTTP/2 at once", (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",), refused, ends=True),
+        Raw("HTTP/9.9", (b"GET /health HTTP/9.9\r\nHost: a\r\n\r\n",), refused),
+        Raw("no host", (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n",), either),
+        Raw("two hosts", (get + b"Host: b\r\n\r\n",), either),
+        Raw("no body", (start + b"Content-Length: 0\r\n\r\n",), (400,)),
+        Raw("no length", (start + b"\r\n" + body,), (400, None)),
+        Raw("a length below 0", (start + b"Content-Length: -1\r\n\r\n" + body,), refused),
+        Raw("a length in words", (start + b"Content-Length: many\r\n\r\n" + body,), refused),
+        Raw("a length with a plus", (start + b"Content-Length: +" + size + b"\r\n\r\n" + body,), refused),
+        Raw(
+            "a length beyond 64 bits",
+            (start + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + body,),
+            refused,
+        ),
+        Raw("two lengths", (start + length + b"Content-Length: 5\r\n\r\n" + body,), refused),
+        Raw("a list of lengths", (start + b"Content-Length: 5, 6\r\n\r\n" + body,), refused),
+        Raw("too short a length", (start + b"Content-Length: 5\r\n\r\n" + body,), (400,)),
+        Raw("too long a length", (start + b"Content-Length: 9999\r\n\r\n" + body,), (400, None), ends=True),
+        Raw(
+            "a length of 3 MB", (start + b"Content-Length: 3000000\r\n\r\n" + b" " * 3_000_000,), (413, None)
+        ),
+        Raw("CL.TE", (start + length + chunked + b"\r\n" + chunks,), either),
+        Raw("TE.CL", (start + chunked + b"Content-Length: 4\r\n\r\n" + chunks,), either),
+        Raw("TE.TE", (start + chunked + b"Transfer-Encoding: x\r\n\r\n" + chunks,), either),
+        Raw("a blank before the colon", (start + b"Transfer-Encoding : chunked\r\n\r\n" + chunks,), either),
+        Raw(
+            "another coding",
+            (start + b"Transfer-Encoding: xchunked\r\n\r\n" + chunks,),
+            (400, None),
+            ends=True,
+        ),
+        Raw(
+            "a coding behind chunked",
+            (start + b"Transfer-Encoding: chunked, identity\r\n\r\n" + chunks,),
+            (400, None),
+            ends=True,
+        ),
+        Raw(
+            "a coding in tabs", (start + b"Transfer-Encoding:\tchunked\r\n\r\n" + chunks,), either, ends=True
+        ),
+        Raw("a chunk of size zz", (start + chunked + b"\r\nzz\r\n" + body,), refused),
+        Raw("a chunk of size -1", (start + chunked + b"\r\n-1\r\n" + body,), refused),
+        Raw("a chunk beyond 64 bits", (start + chunked + b"\r\n" + b"F" * 20 + b"\r\n" + body,), refused),
+        Raw(
+            "a chunk of 8 EB",
+            (start + chunked + b"\r\n7FFFFFFFFFFFFFFF\r\n" + body,),
+            (400, 413, None),
+            ends=True,
+        ),
+        Raw("a chunk without its end", (start + chunked + b"\r\n%x\r\n%sXX" % (len(body), body),), refused),
+        Raw(
+            "chunks beyond the limit",
+            (start + chunked + b"\r\n" + (b"10000\r\n" + b" " * 0x10000 + b"\r\n") * 40,),
+            (413, None),
+        ),
+        Raw(
+            "a long chunk extension",
+            (start + chunked + b"\r\n1;" + b"a" * 100_000 + b"\r\n{\r\n0\r\n\r\n",),
+            refused,
+        ),
+        Raw("a trailer", (start + chunked + b"\r\n" + chunks[:-2] + b"X-A: b\r\n\r\n",), either),
+        Raw(
+            "gzip",
+            (
+                start
+                + b"Content-Encoding: gzip\r\nContent-Length: 30\r\n\r\n"
+                + gzip.compress(b"{}" * 9)[:30].ljust(30),
+            ),
+            (400, 415),
+        ),
+        Raw(
+            "a form",
+            (
+                start.replace(b"application/json", b"multipart/form-data; boundary=a")
+                + length
+                + b"\r\n"
+                + body,
+            ),
+            (200, 400, 415),
+        ),
+        Raw(
+            "UTF-16 by its type",
+            (start.replace(b"application/json", b"text/plain; charset=utf-16") + length + b"\r\n" + body,),
+            (200, 400, 415),
+        ),
+        Raw("a bare line feed", (start.replace(b"\r\n", b"\n") + length + b"\n" + body,), either, ends=True),
+        Raw("a header without a colon", (get + b"nonsense\r\n\r\n",), refused),
+        Raw("a header without a name", (get + b": a\r\n\r\n",), refused),
+        Raw("a null byte in a header", (get + b"X-A: a\x00b\r\n\r\n",), refused),
+        Raw("a folded header", (get + b"X-A: a\r\n b\r\n\r\n",), either),
+        Raw("a blank in a name", (get + b"X A: a\r\n\r\n",), refused),
+        Raw("bytes in a header", (get + b"X-A: \xff\xfe\xc3\x28\r\n\r\n",), either),
+        Raw(
+            "bytes in the id",
+            (get + b"X-Request-Id: \xff\xfe" + b"a" * 5000 + b"\r\n\r\n",),
+            (200, 400, None),
+        ),
+        Raw("a key of bytes", (get + b"Authorization: Bearer \xff\r\n\r\n",), (200, 401)),
+        Raw(
+            "a thousand headers",
+            (get + b"".join(b"X-%d: a\r\n" % i for i in range(1000)) + b"\r\n",),
+            (200, 400, 431, None),
+        ),
+        Raw(
+            "a flood of headers",
+            (get + b"".join(b"X-%d: a\r\n" % i for i in range(20_000)) + b"\r\n",),
+            (200, 400, 431, None),
+        ),
+        Raw(
+            "a header of a megabyte",
+            (get + b"X-A: " + b"a" * 1_000_000 + b"\r\n\r\n",),
+            (200, 400, 431, None),
+        ),
+        Raw("expects to go on", (start + length + b"Expect: 100-continue\r\n\r\n" + body,), (100, 200)),
+        Raw("expects the moon", (start + length + b"Expect: the-moon\r\n\r\n" + body,), (200, 417)),
+        Raw(
+            "a web socket",
+            (
+                get.replace(b"close", b"Upgrade")
+                + b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+            ),
+            (200, 400, 403, 404, 426),
+        ),
+        Raw(
+            "h2c",
+            (
+                get.replace(b"close", b"Upgrade, HTTP2-Settings")
+                + b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
+            ),
+            (200, 400, 426),
+        ),
+        Raw(
+            "two at once",
+            (
+                (start + length + b"\r\n" + body).replace(b"Connection: close\r\n", b"")
+                + start
+                + length
+                + b"\r\n"
+                + body,
+            ),
+            (200, 200),
+        ),
+        Raw(
+            "a good one and bytes",
+            ((start + length + b"\r\n" + body).replace(b"Connection: close\r\n", b"") + b"\x00\xff\r\n\r\n",),
+            (200, 400, None),
+        ),
+    ]
+    for path, allowed in (
+        (b"/../../etc/passwd", (404,)), (b"//etc/passwd", (404,)), (b"/v1/../health", (200, 404)), (b"/%00", (404,)),
+        (b"/%ff%fe", (404,)), (b"/%2e%2e/%2e%2e", (404,)), (b"/v1/models?" + b"a=b&" * 5000, (200, 400, 414, 431)),
+        (b"/" + b"a" * 1_000_000, (400, 404, 414, 431, None)), (b"http://example.invalid/health", (200, 400, 404)),
+        (b"*", (400, 404)), (b"/health#a", (200, 400, 404)), (b"/\xff\xfe", (400, 404)), (b"/he alth", (400,)),
+        (b"/v1/chat/completions/", (307, 404, 405)), (b"/openapi.json/../../x", (404,)),
+    ):  # fmt: skip
+        cases.append(Raw(f"path {path[:30]!r}", (get.replace(b"/health", path), b"\r\n"), allowed))
+    for method in (b"GET", b"PUT", b"DELETE", b"PATCH", b"HEAD", b"OPTIONS", b"TRACE", b"PROPFIND"):
+        cases.append(Raw(f"method {method!r}", (start.replace(b"POST", method) + b"\r\n",), (405,)))
+    for method in (b"CONNECT", b"BREW", b"post", b"G" * 10_000, b"GE\x00T"):
+        cases.append(
+            Raw(
+                f"method {method[:9]!r}",
+                (start.replace(b"POST", method) + b"\r\n",),
+                (400, 404, 405, 501, None),
+            )
+        )
+    return cases
+
+
+async def statuses_of(live: Live, case: Raw) -> list[int | None]:
+    """The statuses that come back, and None at the end when the connection is left or cut with fewer than allowed."""
+    connection = await Connection.open(live)
+    found: list[int | None] = []
+    num_expected = 2 if case.allowed in ((200, 200), (100, 200)) else 1
+    try:
+        for part in case.parts:
+            await connection.send(part)
+            if len(case.parts) > 2:
+                await asyncio.sleep(0.002)
+        if case.ends and connection.writer.can_write_eof():
+            connection.writer.write_eof()
+        while len(found) < num_expected:
+            found.append(
+                (
+                    await asyncio.wait_for(connection.answer("HEAD" if "HEAD" in case.name else "POST"), 20)
+                ).status
+            )
+    except (asyncio.IncompleteReadError, ConnectionError):
+        found.append(None)
+    finally:
+        connection.close()
+    return found
+
+
+def test_what_is_wrong_as_http_is_refused_or_cut_and_the_next_request_is_right(live: Live) -> None:
+    """Below the application, where uvicorn answers: smuggled requests, wrong lengths, floods, odd methods and paths."""
+
+    async def attack() -> tuple[Campaign, dict[str, list[int | None]]]:
+        campaign = await Campaign.begin(live)
+        found = {}
+        for case in raw_cases():
+            try:
+                found[case.name] = await statuses_of(live, case)
+            except TimeoutError:
+                campaign.wrong.append(f"{case.name}: no answer")
+                continue
+            if case.allowed in ((200, 200), (100, 200)):
+                if found[case.name] != list(case.allowed):
+                    campaign.wrong.append(f"{case.name}: {found[case.name]}")
+            elif not set(found[case.name]) <= set(case.allowed):
+                campaign.wrong.append(f"{case.name}: {found[case.name]}, allowed {case.allowed}")
+            await campaign.stay_right()
+        return campaign, found
+
+    campaign, found = asyncio.run(attack())
+    cut = [name for name, statuses in found.items() if None in statuses]
+    print(f"cases={len(found)} {Counter(str(statuses) for statuses in found.values())} cut={cut}")
+    assert not campaign.wrong, "\n".join(campaign.wrong)
+
+
+def test_slow_and_silent_clients_keep_nobody_from_being_answered(live: Live) -> None:
+    """A hundred that send a byte now and then, in headers or body, and two hundred that say nothing."""
+
+    async def attack() -> float:
+        campaign = await Campaign.begin(live)
+        raw = request_bytes(live, "POST", CHAT_URL, json.dumps(GOOD[CHAT_URL]).encode())
+        slow = [await Connection.open(live) for _ in range(100)]
+        silent = [await Connection.open(live) for _ in range(200)]
+        cuts = [random.Random(i).randrange(1, len(raw) - 40) for i in range(len(slow))]
+        for connection, cut in zip(slow, cuts, strict=True):
+            await connection.send(raw[:cut])
+        took_s = []
+        for i in range(20):
+            for connection, cut in zip(slow, cuts, strict=True):
+                await connection.send(raw[cut + i : cut + i + 1])
+            started_s = time.monotonic()
+            await campaign.stay_right()
+            took_s.append(time.monotonic() - started_s)
+        # Slow is not wrong: who gets to the end is answered.
+        for connection, cut in zip(slow[:5], cuts[:5], strict=True):
+            await connection.send(raw[cut + 20 :])
+            assert text_of(await asyncio.wait_for(connection.answer(), 20)) == campaign.references[CHAT_URL]
+        for connection in (*slow, *silent):
+            connection.close()
+        return max(took_s)
+
+    print(f"slowest_good_s={asyncio.run(attack()):.2f}")
