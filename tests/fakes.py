@@ -5,6 +5,8 @@ import math
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
+import torch
+
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.replies import Counters, Delta
 from medusa_ray.medusa.scheduler import QueueFull, Request
@@ -18,6 +20,7 @@ class ScriptedEngine:
     scheduler = SimpleNamespace(num_queried_tokens=0, num_shared_tokens=0)
     cache = SimpleNamespace(usage=0.0)
     last_step_s = math.inf  # always alive
+    model = torch.nn.Linear(1, 1)
 
     def __init__(
         self, steps: list[list[int]], finish_reason: str = "stop", max_total_tokens: int = 512

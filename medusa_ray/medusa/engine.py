@@ -726,10 +726,11 @@ class Engine:
             if self._coming is None:
                 self.scheduler.work.wait()
             try:
-                # At once: a first token is not to wait for a step it has no part in.
-                self._send(self._take_in())
-                self._send(self._move_on())
-                self.last_step_s = time.monotonic()
+                # The first at once: a first token is not to wait for a step it has no part in.
+                for half in (self._take_in, self._move_on):
+                    deltas = half()
+                    self.last_step_s = time.monotonic()
+                    self._send(deltas)
             except Exception as error:
                 self.failure = error
                 failed = RuntimeError(f"the engine has failed: {error}")
