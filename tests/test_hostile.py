@@ -407,7 +407,7 @@ class Flow(threading.Thread):
         asyncio.run(self._stream())
 
     async def _stream(self) -> None:
-        fields = {**GOOD[COMPLETION_URL], "max_tokens": 400, "ignore_eos": True, "stream": True}
+        fields = {**GOOD[COMPLETION_URL], "max_tokens": 100, "ignore_eos": True, "stream": True}
         while not self.ended.is_set():
             connection = await Connection.open(self.live)
             raw = request_bytes(self.live, "POST", COMPLETION_URL, json.dumps(fields).encode())
@@ -419,6 +419,7 @@ class Flow(threading.Thread):
                 self.max_gap_s, last_s = max(self.max_gap_s, now_s - last_s), now_s
                 self.num_events += 1
             connection.close()
+            await asyncio.sleep(0.5)  # most of the time is for the attacks
 
     def __enter__(self) -> "Flow":
         self.start()

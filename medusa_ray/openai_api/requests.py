@@ -199,6 +199,11 @@ class ChatRequest(GenerationRequest):
         return [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
 
     @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised."""
+        return sum(len(message.content or "") for message in self.messages)
+
+    @property
     def num_wanted(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -222,6 +227,11 @@ class CompletionRequest(GenerationRequest):
         if len(prompt) > 1:
             raise ValueError(f"{len(prompt)} prompts came, but one per request is supported")
         return prompt[0]
+
+    @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised: none where token ids came."""
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
 
     @property
     def num_wanted(self) -> int | None:

@@ -22,6 +22,7 @@ from medusa_ray.tgi_api import GenerateRequest
 from medusa_ray.traffic import TrafficLog
 
 RETRY_AFTER_S = 1
+LONG_PROMPT_CHARACTERS = 20_000  # some 50 ms of a tokenizer's time
 FRESH_S = 1.0  # a step is proof of life for so long
 HEALTH_TIMEOUT_S = 20.0  # below Ray Serve's health_check_timeout_s
 
@@ -91,7 +92,7 @@ class Server:
         """
         reply, last_s = None, None
         try:
-            engine_request = self._admit(request)
+            engine_request = await self._admit(request)
             call.admitted_s, call.max_new_tokens = time.monotonic(), engine_request.max_new_tokens
             call.num_prompt_tokens = len(engine_request.prompt_ids)
             reply = Reply(
@@ -138,7 +139,7 @@ class Server:
         if self.traffic:
             self.traffic.close()
 
-    def _admit(self, request: AnyRequest) -> Request:
+    async def _admit(self, request: AnyRequest) -> Request:
         """The request as the engine takes it. Raises ApiError when it cannot be served, QueueFull when not now."""
         if request.model is not None and request.model not in self.names:
             served = ", ".join(self.names)
@@ -147,7 +148,7 @@ class Server:
         stop_field = "parameters.stop" if isinstance(request, GenerateRequest) else "stop"
         openai_api.check_num_stop(request.stop, stop_field, self.args.max_stop_sequences)
         self.engine.check_room()  # a refusal under overload is not to cost a tokenisation
-        prompt_ids = self._prompt_ids(request)
+        prompt_ids = await self._tokenized(request)
         engine_request = Request(
             prompt_ids,
             openai_api.num_new_tokens(
@@ -162,6 +163,20 @@ class Server:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         return engine_request
+
+    async def _tokenized(self, request: AnyRequest) -> list[int]:
+        """Tokens of the prompt, while others' streams go on. Raises ApiError, at once for one that is far too long."""
+        size, max_tokens = request.num_characters, self.engine.max_total_tokens
+        is_cut = isinstance(request, GenerateRequest) and request.parameters.truncate
+        if size > self.chat.longest_token * max_tokens and not is_cut:
+            message = (
+                f"{request.input_field} has {size} characters, but at most {max_tokens} tokens (max_total_tokens) are "
+                f"taken, and no token has more than {self.chat.longest_token} characters; shorten it."
+            )
+            raise ApiError(400, message, request.input_field, "context_length_exceeded")
+        if size > LONG_PROMPT_CHARACTERS:
+            return await asyncio.to_thread(self._prompt_ids, request)
+        return self._prompt_ids(request)
 
     def _prompt_ids(self, request: AnyRequest) -> list[int]:
         if isinstance(request, GenerateRequest):
