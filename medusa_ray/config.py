@@ -647,6 +647,7 @@ class EngineConfig(Strict):
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
     max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    max_client_batch_size: int = Field(4, gt=0, description="Prompts of one request to /v1/completions.")
     payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
     api_key_env: str | None = Field(
         None,
@@ -826,7 +827,7 @@ class DeploymentConfig(Strict):
     num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = Field(None, gt=0)
-    max_queued_requests: int | None = Field(None, ge=-1)
+    max_queued_requests: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
     user_config: dict[str, Any] | None = None
@@ -1140,18 +1141,25 @@ def parse_any(raw: dict[str, Any], where: str) -> Strict:
     """The config that these values mean to be: of a run, of a server or of traffic, or the part of a KubeRay file that
     is ours, `serveConfigV2` of a RayService or `runtimeEnvYAML` of a RayJob."""
     if not str(raw.get("apiVersion", "")).startswith("ray.io/"):
-        return parse(kind_of(raw), raw, where)
+        kind = kind_of(raw)
+        if not any(_close(str(key), kind.model_fields) for key in raw):
+            keys = ", ".join(map(str, raw)) or "none"
+            raise UserError(
+                f"{where} has the keys {keys}; a run has `model` and `data`, a serve file `applications`, and traffic "
+                "`targets` and `prompts`."
+            )
+        return parse(kind, raw, where)
     ours: dict[str, tuple[str, type[Strict]]] = {
         "RayService": ("serveConfigV2", ServeConfig),
         "RayJob": ("runtimeEnvYAML", RuntimeEnv),
     }
     if raw.get("kind") not in ours:
         raise UserError(f"{where}: kind is {raw.get('kind')!r}; expected {' or '.join(ours)}.")
-    key, kind = ours[raw["kind"]]
+    key, kind_of_text = ours[raw["kind"]]
     text = (raw.get("spec") or {}).get(key)
     if not isinstance(text, str):
         raise UserError(f"{where}: spec.{key} is {text!r}; expected the text of a YAML file, after `{key}: |`.")
-    return parse(kind, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
+    return parse(kind_of_text, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
 
 
 def notes(config: ServeConfig) -> list[str]:
@@ -1159,6 +1167,11 @@ def notes(config: ServeConfig) -> list[str]:
     http, found = config.http_options, []
     if "host" not in http.model_fields_set:
         found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
+    if "request_timeout_s" not in http.model_fields_set:
+        found.append(
+            f"http_options.request_timeout_s is not set: `medusa-ray serve` takes {REQUEST_TIMEOUT_S:g} s, `serve "
+            "deploy` has no limit"
+        )
     open_apps = [app.name for app in config.applications if app.args.api_key_env is None]
     if http.host not in ("127.0.0.1", "localhost", "::1") and open_apps:
         found.append(
@@ -1176,7 +1189,8 @@ def notes(config: ServeConfig) -> list[str]:
                 "GPUs that nobody asked for"
             )
         scaling = options.autoscaling_config if options else None
-        if scaling and not scaling.target_ongoing_requests and not scaling.policy:
+        scales = scaling is not None or (options is not None and options.num_replicas == "auto")
+        if scales and not (scaling and (scaling.target_ongoing_requests or scaling.policy)):
             found.append(
                 f"application {app.name} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
                 f"args.max_batch_size ({app.args.max_batch_size}), `serve deploy` Ray's 2"

@@ -16,6 +16,7 @@ class ScriptedEngine:
     """Replies to every request with the same steps, whatever the prompt: [[token, ...], ...]."""
 
     mode, is_adaptive, heads = "eager", False, None
+    vocab_size, eos_ids = 262, frozenset({2})
     num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
     scheduler = SimpleNamespace(num_queried_tokens=0, num_shared_tokens=0)
     cache = SimpleNamespace(usage=0.0)
@@ -36,8 +37,8 @@ class ScriptedEngine:
     def check(self, request: Request) -> None:
         request.check(vocab_size=262)
 
-    def check_room(self) -> None:
-        if self.num_open >= self.max_open:
+    def check_room(self, num: int = 1) -> None:
+        if self.num_open + num > self.max_open:
             raise QueueFull(f"{self.num_open} requests run or wait here")
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:

@@ -205,7 +205,7 @@ def live_server(folder: Path, step_s: float = 0.0, **args: Any) -> Iterator[Live
     assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
 
 
-async def until_ready(live: Live, limit_s: float = 60) -> None:
+async def until_ready(live: Live, limit_s: float = 240) -> None:
     deadline_s = time.monotonic() + limit_s
     while True:
         with suppress(OSError):

@@ -29,7 +29,7 @@ STAGE_MODULES = {
     "exchange",
 }
 FLOORS = {
-    PAPER: {"card", "config", "records", "provenance", "parts", "report", "traffic"},
+    PAPER: {"card", "config", "records", "provenance", "parts", "report", "tools", "traffic"},
     MATHS: {
         f"medusa.{name}"
         for name in (
@@ -39,6 +39,7 @@ FLOORS = {
     },
     MODEL: {
         "chat",
+        "grammar",
         "openai_api",
         "states",
         *(
@@ -63,7 +64,7 @@ FLOORS = {
 LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
-    MODEL: {"peft", "tokenizers", "transformers"},
+    MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",

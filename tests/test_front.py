@@ -212,6 +212,7 @@ def test_limits_are_the_files_own_and_are_told_by_name(chat: Chat) -> None:
         ("/generate", {"inputs": "x" * 21}, "inputs has 21 tokens, but at most 20 (max_input_tokens)"),
         ("/v1/completions", {"model": "medusa", "prompt": "x", "stop": ["a", "b"]}, "stop has 2 strings"),
         ("/generate", {"inputs": "x", "parameters": {"stop": ["a", "b"]}}, "parameters.stop has 2 strings"),
+        ("/v1/completions", {"model": "medusa", "prompt": ["x"] * 5}, "at most 4 (max_client_batch_size)"),
         ("/v1/completions", {"model": "medusa", "prompt": "x" * 300}, "more than 300 bytes (payload_limit)"),
         ("/generate", {"inputs": "x" * 300}, "more than 300 bytes (payload_limit)"),
     ):

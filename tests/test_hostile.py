@@ -36,6 +36,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     COMPLETION_URL: {"model": "medusa", "prompt": "hi", "max_tokens": 8, "temperature": 0},
     **dict.fromkeys(TGI_URLS, TGI),
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [7, 8]},
 }
 REFERENCES = (CHAT_URL, COMPLETION_URL, "/generate")  # are asked after each attack in turn
 MAX_BUSY_S = 1.0  # of a processor's time, for which the event loop may keep everybody else waiting

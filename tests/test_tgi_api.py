@@ -198,6 +198,33 @@ def test_the_engine_gets_what_was_asked_for_and_is_greedy_unless_asked(chat: Cha
     assert (seeded.temperature, seeded.seed) == (0, None)
 
 
+def test_a_grammar_holds_a_reply_to_it(url: str) -> None:
+    client = InferenceClient(model=url, timeout=60)
+    asked: dict[str, Any] = {"max_new_tokens": 60}
+    assert client.text_generation(PROMPT, grammar={"type": "regex", "value": "(yes|no)"}, **asked) in (
+        "yes",
+        "no",
+    )
+    schema = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}
+    for value in (schema, json.dumps(schema)):
+        whole = client.text_generation(
+            PROMPT, grammar={"type": "json", "value": value}, details=True, **asked
+        )
+        assert isinstance(json.loads(whole.generated_text)["n"], bool)
+        assert whole.details.finish_reason == "eos_token"
+    stream = client.text_generation(
+        PROMPT, grammar={"type": "json", "value": schema}, stream=True, details=True, **asked
+    )
+    assert list(stream)[-1].generated_text == whole.generated_text
+    for grammar in (
+        {"type": "json", "value": "{"},
+        {"type": "regex", "value": "("},
+        {"type": "regex", "value": 7},
+    ):
+        with pytest.raises(ValidationError, match=r"parameters\.grammar cannot be followed"):
+            client.text_generation(PROMPT, grammar=grammar, **asked)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_sequence_ends_the_text_and_is_its_end(chat: Chat, stream: bool) -> None:
     """TGI's clients cut it off themselves; one that does not find it takes the reply for cut short."""

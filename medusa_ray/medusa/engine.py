@@ -645,9 +645,9 @@ class Engine:
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
 
-    def check_room(self) -> None:
-        """Raises QueueFull when `add` would: before the work of making a request."""
-        self.scheduler.check_room()
+    def check_room(self, num: int = 1) -> None:
+        """Raises QueueFull when `add` of so many would: before the work of making requests."""
+        self.scheduler.check_room(num)
 
     def add(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
