@@ -3,6 +3,7 @@
 Ingress and engine are together (the *fast* shape), so that a token crosses no other process before the proxy.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -30,6 +31,7 @@ class Replica:
 
     def __init__(self, args: EngineConfig) -> None:
         self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        gc.freeze()  # a large body's objects are no reason to look through all of torch's again
         _log_to_stderr(calls.LOG)
         threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
 

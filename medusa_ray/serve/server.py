@@ -34,6 +34,7 @@ from medusa_ray.tgi_api import GenerateRequest
 from medusa_ray.traffic import TrafficLog
 
 RETRY_AFTER_S = 1
+LONG_PROMPT_CHARACTERS = 20_000  # some 50 ms of a tokenizer's time
 FRESH_S = 1.0  # a step is proof of life for so long
 HEALTH_TIMEOUT_S = 20.0  # below Ray Serve's health_check_timeout_s
 
@@ -189,7 +190,7 @@ class Server:
         # A refusal under overload is not to cost a tokenisation.
         self.engine.check_room(num_prompts * request.num_choices)
         groups = []
-        for prompt_ids in self._prompts(request):
+        for prompt_ids in await self._tokenized(request):
             first = Request(
                 prompt_ids,
                 openai_api.num_new_tokens(
@@ -234,6 +235,22 @@ class Server:
             served = ", ".join(self.names)
             message = f"The model {name[:100]!r} does not exist here; served: {served}."
             raise ApiError(404, message, "model", "model_not_found")
+
+    async def _tokenized(self, request: AnyRequest) -> list[list[int]]:
+        """The prompts, while others' streams go on. Raises ApiError, at once for what is far too long."""
+        most = self.chat.longest_token * self.engine.max_total_tokens
+        is_cut = isinstance(request, GenerateRequest) and request.parameters.truncate
+        num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        if request.num_characters > most * num_prompts and not is_cut:
+            message = (
+                f"{request.input_field} has {request.num_characters} characters, but at most "
+                f"{self.engine.max_total_tokens} tokens (max_total_tokens) are taken, and no token has more than "
+                f"{self.chat.longest_token} characters; shorten it."
+            )
+            raise ApiError(400, message, request.input_field, "context_length_exceeded")
+        if request.num_characters > LONG_PROMPT_CHARACTERS:
+            return await asyncio.to_thread(self._prompts, request)
+        return self._prompts(request)
 
     def _prompts(self, request: AnyRequest) -> list[list[int]]:
         if isinstance(request, GenerateRequest):
