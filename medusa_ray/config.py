@@ -573,6 +573,9 @@ class TrafficLogConfig(Strict):
         return self
 
 
+TreeChoice = Literal["auto", "chain", "file"] | list[list[int]]
+
+
 class EngineConfig(Strict):
     """`args` of an application: one engine and the protocol in front of it."""
 
@@ -580,7 +583,7 @@ class EngineConfig(Strict):
     aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
     base: str = Field(description="Folder or hub name of the base model.")
     heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
-    tree: Literal["auto", "chain", "file"] | list[list[int]] = Field(
+    tree: TreeChoice = Field(
         "auto",
         description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
         "the load; or rank paths.",
@@ -635,6 +638,13 @@ class EngineConfig(Strict):
                 f"is {self.max_total_tokens}. Set it to at most {self.max_total_tokens - 1}."
             )
         return self
+
+
+class GuesserConfig(Strict):
+    """`user_config` of an engine: what it guesses with, while it runs. A key that is left out is as in `args`."""
+
+    heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
+    tree: TreeChoice = Field("auto", description="As `args.tree`.")
 
 
 # Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys
@@ -786,7 +796,9 @@ class DeploymentConfig(Strict):
     max_queued_requests: int | None = Field(None, ge=-1)
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
-    user_config: dict[str, Any] | None = None
+    user_config: GuesserConfig | None = Field(
+        None, description="Changed alone, it reaches the replicas that run; without it they go by args."
+    )
     health_check_period_s: float | None = Field(None, gt=0)
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)

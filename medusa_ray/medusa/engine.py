@@ -144,7 +144,7 @@ class Engine:
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
         self._coming: Coming | None = None
-        self._swapping = threading.Lock()  # one swap at a time
+        self._starting, self._swapping = threading.Lock(), threading.Lock()
 
     @classmethod
     def load(
@@ -715,10 +715,11 @@ class Engine:
             self.cancel(sequence)
 
     def start(self) -> None:
-        """Lets the engine's own thread do the steps from now on, as `stream` does. Not for several threads."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
-            self._thread.start()
+        """Lets the engine's own thread do the steps from now on, as `stream` does. Safe to call from any thread."""
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
+                self._thread.start()
 
     def _serve(self) -> None:
         """Body of the engine's thread: steps while there is work, and sleeps while there is none."""

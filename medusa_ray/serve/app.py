@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.metrics import Gauge
 
-from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig
+from medusa_ray import config
+from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig, GuesserConfig
 from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
@@ -30,8 +31,28 @@ class Replica:
 
     def __init__(self, args: EngineConfig) -> None:
         self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        self.has_started = False
         _log_to_stderr(calls.LOG)
         threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
+        """Serves with the heads and the tree of `user_config`, or of args where that names none.
+
+        Ray Serve calls it at the start and at each change. It leaves null out, unless a rank is wanted. What is raised
+        fails the start; of a replica that serves it would be the end, so it goes on with what it has and says why.
+        """
+        args = self.server.args
+        try:
+            asked = config.parse(GuesserConfig, user_config or {}, "user_config")
+            heads, tree = (
+                {**dict(args), **asked.model_dump(exclude_unset=True)}[key] for key in ("heads", "tree")
+            )
+            await self.server.swap(heads, tree)
+        except Exception as error:
+            if not self.has_started:
+                raise
+            self.server.refuse(error)
+        self.has_started = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.server, tells_id=False)  # Ray Serve puts the x-request-id on responses itself
@@ -70,6 +91,8 @@ def application(app: ApplicationConfig) -> serve.Application:
     options: dict[str, Any] = {}
     for override in app.deployments:
         options = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.user_config:  # whose null is a value
+            options["user_config"] = override.user_config.model_dump(exclude_unset=True)
         if override.num_replicas == "auto" or override.autoscaling_config:
             # Ray's own target, 2, would start a replica for a batch that is all but empty.
             scaling = options.get("autoscaling_config") or {}

@@ -1,25 +1,30 @@
 """Checked requests -> the replies of one engine. Knows neither HTTP nor Ray."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 
-from medusa_ray import openai_api, tgi_api
+from medusa_ray import openai_api, provenance, tgi_api
 from medusa_ray.chat import Chat
-from medusa_ray.config import EngineConfig
+from medusa_ray.config import EngineConfig, TreeChoice
 from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.heads import EXTENDED_WEIGHTS, WEIGHTS
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Reply
 from medusa_ray.serve.calls import Call, Totals
 from medusa_ray.tgi_api import GenerateRequest
 from medusa_ray.traffic import TrafficLog
+
+log = logging.getLogger("medusa_ray")
 
 RETRY_AFTER_S = 1
 FRESH_S = 1.0  # a step is proof of life for so long
@@ -28,6 +33,24 @@ HEALTH_TIMEOUT_S = 20.0  # below Ray Serve's health_check_timeout_s
 AnyRequest = ChatRequest | CompletionRequest | GenerateRequest
 AnyEnvelope = openai_api.Envelope | tgi_api.Envelope
 Piece = tuple[str, Reply]  # text that may be shown after a step, and the reply so far
+
+
+@dataclass(frozen=True)
+class Served:
+    """What replies are guessed with."""
+
+    heads: str | None
+    tree: TreeChoice
+    version: str  # of the heads: a digest of their weights
+
+    @classmethod
+    def of(cls, heads: str | None, tree: TreeChoice) -> "Served":
+        for file in (f"{heads}/{name}" for name in (WEIGHTS, EXTENDED_WEIGHTS)):
+            if (
+                heads and (digest := provenance.digest(file)) != file
+            ):  # which stands for itself where it is none
+                return cls(heads, tree, digest[:12])
+        return cls(heads, tree, "")
 
 
 class Server:
@@ -49,6 +72,8 @@ class Server:
         self.replica = replica
         self.totals = Totals()
         self._probe: asyncio.Task[None] | None = None
+        self.served = [Served.of(args.heads, args.tree)]  # the last one now
+        self.refusal: str | None = None  # why the last ones asked for are not
 
     @classmethod
     def load(cls, args: EngineConfig, replica: str = "") -> "Server":
@@ -67,7 +92,7 @@ class Server:
         engine = Engine.load(
             args.base,
             args.heads,
-            tree=None if args.tree == "file" else args.tree,
+            tree=_as_engine_takes(args.tree),
             device=device,
             dtype=args.dtype,
             max_batch_size=args.max_batch_size,
@@ -174,6 +199,25 @@ class Server:
         except ValueError as error:  # the base has no template, or its template refuses these messages
             raise ApiError(400, str(error), "messages") from None
 
+    async def swap(self, heads: str | None, tree: TreeChoice) -> None:
+        """Serves with these heads and this tree from now on, and loses no request.
+
+        Raises ValueError, OSError or RuntimeError when it cannot, and goes on with those it has.
+        """
+        self.refusal, now = None, self.served[-1]
+        if (heads, tree) == (now.heads, now.tree):
+            return
+        self.engine.start()
+        coming = await asyncio.to_thread(Served.of, heads, tree)
+        await asyncio.to_thread(self.engine.swap, heads, _as_engine_takes(tree))
+        self.served = [served for served in self.served if served != coming] + [coming]
+        log.info("swapped heads=%s version=%s tree_nodes=%d", heads, coming.version, self.engine.num_nodes)
+
+    def refuse(self, error: Exception) -> None:
+        """Says why what was asked for is not served."""
+        self.refusal = str(error)
+        log.error("heads were not swapped, and heads=%s go on: %s", self.served[-1].heads, error)
+
     async def check_health(self) -> None:
         """Returns once a step has come to its end, of a request of its own where none has of late.
 
@@ -224,7 +268,9 @@ class Server:
             # ours
             "aliases": self.args.aliases,
             "base": self.args.base,
-            "heads": self.args.heads,
+            "heads": self.served[-1].heads,
+            "heads_version": self.served[-1].version,
+            "heads_refused": self.refusal,
             "num_heads": engine.num_heads,
             "head_layout": heads.layout if heads else None,
             "draft_vocab_size": heads.draft_vocab_size if heads else None,
@@ -237,6 +283,10 @@ class Server:
             "payload_limit": self.args.payload_limit,
             "logged_share": self.traffic.config.share if self.traffic else 0.0,
         }
+
+
+def _as_engine_takes(tree: TreeChoice) -> list[list[int]] | str | None:
+    return None if tree == "file" else tree
 
 
 def _api_keys(variable: str | None) -> list[bytes]:
