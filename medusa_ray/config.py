@@ -598,6 +598,12 @@ class EngineConfig(Strict):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the base, a part of every layer in each: TGI's NUM_SHARD. With more than one "
+        "it runs eagerly. A replica needs a CPU for each, and with device cuda a GPU.",
+    )
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
     max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
     max_input_tokens: int | None = Field(
@@ -858,6 +864,19 @@ class ApplicationConfig(Strict):
                 )
             if names.count(name) > 1:
                 raise ValueError(f"application {self.name} overrides the deployment {name} twice; write it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_places(self) -> "ApplicationConfig":
+        num_shards = self.args.tensor_parallel
+        for deployment in self.deployments:
+            bundles = deployment.placement_group_bundles
+            if bundles is None or num_shards == 1 or len(bundles) == num_shards:
+                continue
+            raise ValueError(
+                f"application {self.name} has tensor_parallel {num_shards}, but {len(bundles)} "
+                "placement_group_bundles; give one for each shard, the replica's own first, or leave them out."
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
+from medusa_ray.serve.shards import Followers
 
 PUBLISH_EVERY_S = 5.0
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
@@ -30,7 +31,11 @@ class Replica:
     """A server in a Ray Serve replica."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        followers = Followers(args) if args.tensor_parallel > 1 else None
+        shards = followers.shards if followers else None
+        self.server = Server.load(args, serve.get_replica_context().replica_tag, shards)
+        if followers:
+            followers.watch(self.server.engine)
         self.has_started = False
         _log_to_stderr(calls.LOG)
         threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
@@ -83,6 +88,13 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
         # What a first replica dies of, a wrong path say, would kill the second and third one too.
         "max_constructor_retry_count": 1,
     }
+    if args.tensor_parallel > 1:
+        # The replica is in the first bundle, a follower in each of the others.
+        has_gpu = args.device == "cuda"
+        defaults["placement_group_bundles"] = [
+            {"CPU": 1} | ({"GPU": 1} if has_gpu else {})
+        ] * args.tensor_parallel
+        defaults["ray_actor_options"] = {"num_cpus": 1, "num_gpus": int(has_gpu)}
     return deployment.options(**{**defaults, **options}).bind(args)
 
 

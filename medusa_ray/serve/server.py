@@ -19,6 +19,7 @@ from medusa_ray.medusa.engine import Engine, Request
 from medusa_ray.medusa.heads import EXTENDED_WEIGHTS, WEIGHTS
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
+from medusa_ray.medusa.sharded import Shards
 from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Reply
 from medusa_ray.serve.calls import Call, Totals
 from medusa_ray.tgi_api import GenerateRequest
@@ -76,30 +77,28 @@ class Server:
         self.refusal: str | None = None  # why the last ones asked for are not
 
     @classmethod
-    def load(cls, args: EngineConfig, replica: str = "") -> "Server":
+    def load(cls, args: EngineConfig, replica: str = "", shards: Shards | None = None) -> "Server":
         """A server that has answered itself a first time, so that no user waits for what is done once.
 
-        Raises ValueError or OSError for what cannot be served.
+        shards: as Engine takes them. Raises ValueError or OSError for what cannot be served.
         """
         _api_keys(args.api_key_env)
         # First, since a hook that cannot be imported is found in no time, and a base takes minutes to load.
         traffic = TrafficLog(args.traffic_log) if args.traffic_log else None
         if args.threads:
             torch.set_num_threads(args.threads)
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine.load(
             args.base,
             args.heads,
             tree=_as_engine_takes(args.tree),
-            device=device,
+            device=device_of(args),
             dtype=args.dtype,
             max_batch_size=args.max_batch_size,
             max_total_tokens=args.max_total_tokens,
             compile=args.compile,
             shares_prefixes=args.shares_prefixes,
             max_waiting=args.max_concurrent_requests - args.max_batch_size,
+            shards=shards,
         )
         engine.warm_up()
         return cls(engine, Chat.load(args.base), args, traffic, replica)
@@ -278,11 +277,18 @@ class Server:
             "is_adaptive": engine.is_adaptive,
             "shares_prefixes": self.args.shares_prefixes,
             "mode": engine.mode,
+            "tensor_parallel": self.args.tensor_parallel,
             "threads": torch.get_num_threads(),
             "max_batch_size": self.args.max_batch_size,
             "payload_limit": self.args.payload_limit,
             "logged_share": self.traffic.config.share if self.traffic else 0.0,
         }
+
+
+def device_of(args: EngineConfig) -> str:
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return args.device
 
 
 def _as_engine_takes(tree: TreeChoice) -> list[list[int]] | str | None:
