@@ -134,7 +134,7 @@ class Engine:
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack, max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * self.tree.depth)
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # whoever finds one sets it, and the engine's thread ends
         self.last_step_s = -math.inf  # when its thread last came to the end of one, on the monotonic clock
         self._pass: compiled.Pass = TreePass(backbone)
         self._compact = compact
@@ -151,7 +151,7 @@ class Engine:
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
         self._coming: Coming | None = None
-        self._starting, self._swapping = threading.Lock(), threading.Lock()
+        self._starting, self._swapping = threading.Lock(), threading.Lock()  # once, and one at a time
 
     @classmethod
     def load(
@@ -746,10 +746,10 @@ class Engine:
                 self.last_step_s = time.monotonic()
             except Exception as error:
                 self.failure = error
-                failed = RuntimeError(f"the engine has failed: {error}")
-                self._send([(sequence, failed) for sequence in list(self._readers)])
-                if self._coming is not None:
-                    self._coming.taken_over.set_exception(failed)
+        failed = RuntimeError(f"the engine has failed: {self.failure}")
+        self._send([(sequence, failed) for sequence in list(self._readers)])
+        if self._coming is not None:
+            self._coming.taken_over.set_exception(failed)
 
     def _send(self, items: Rows[tuple[Sequence, Delta | Exception]]) -> None:
         """To those that read a stream, waking each event loop once."""
