@@ -439,6 +439,45 @@ class JointConfig(Strict):
     )
 
 
+class SweepConfig(Strict):
+    """Every tree with every acceptance at every temperature on every split: evaluation/sweep.parquet and its plot."""
+
+    trees: list[str] = Field(
+        ["chain", "1", "2", "4", "8", "16", "32"],
+        min_length=1,
+        description="chain, calibrated, or the number of guesses of a calibrated tree.",
+    )
+    temperatures: list[Annotated[float, Field(ge=0, le=2)]] = Field(
+        [0.0], min_length=1, description="0 is greedy."
+    )
+    acceptance: list[str] = Field(
+        ["exact"],
+        min_length=1,
+        description="exact, typical, or typical=EPSILON/ALPHA, which needs a temperature above 0.",
+    )
+    splits: list[Literal["test", "out_of_domain", "train"]] = Field(
+        ["test"],
+        min_length=1,
+        description="Which prompts; those that shape the calibrated trees are left out.",
+    )
+    num_prompts: int = Field(64, gt=0, description="Prompts of each split, at most.")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "SweepConfig":
+        for tree in self.trees:
+            if tree not in ("chain", "calibrated") and not (tree.isdecimal() and 0 < int(tree) <= 64):
+                raise ValueError(
+                    f"evaluate.sweep.trees has {tree!r}; expected chain, calibrated, or a number of guesses to 64."
+                )
+        for acceptance in self.acceptance:
+            if not re.fullmatch(r"exact|typical(=[\d.]+/[\d.]+)?", acceptance):
+                raise ValueError(
+                    f"evaluate.sweep.acceptance has {acceptance!r}; expected exact, typical, or typical=EPSILON/ALPHA "
+                    "such as typical=0.09/0.3."
+                )
+        return self
+
+
 class EvaluateConfig(Strict):
     """Held-out measurements of the heads, and the calibration of the tree."""
 
@@ -454,7 +493,11 @@ class EvaluateConfig(Strict):
     num_speed: int = Field(
         40, ge=0, description="Prompts of the interleaved in-process speed run; 0 skips it."
     )
+    batch_sizes: list[Annotated[int, Field(gt=0)]] = Field(
+        [1, 8], description="Batches at which that run tells predicted from measured speedup."
+    )
     max_new_tokens: int = Field(128, gt=0, description="Longest reply while evaluating, in tokens.")
+    sweep: SweepConfig | None = Field(None, description="Further measurements, for study; null makes none.")
 
 
 class CardConfig(Strict):
@@ -613,6 +656,7 @@ class EngineConfig(Strict):
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
     max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    max_client_batch_size: int = Field(4, gt=0, description="Prompts of one request to /v1/completions.")
     payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
     api_key_env: str | None = Field(
         None,
@@ -799,7 +843,7 @@ class DeploymentConfig(Strict):
     num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = Field(None, gt=0)
-    max_queued_requests: int | None = Field(None, ge=-1)
+    max_queued_requests: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
     user_config: GuesserConfig | None = Field(
@@ -937,6 +981,36 @@ class TargetConfig(Strict):
 
     url: str = Field(description="Base URL without /v1, for example http://127.0.0.1:8000/medusa.")
     model: str = Field(description="What requests send as `model`.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key; the key itself stands in no file."
+    )
+    replicas_url: str | None = Field(
+        None,
+        description="What tells the number of replicas: Ray's http://HEAD:8265/api/serve/applications/, or JSON with a "
+        "number `replicas`. Null: /info, where that has one.",
+    )
+
+
+class SloConfig(Strict):
+    """What a request has to keep to be good; what is null is not asked. A load that a share of them keeps meets it."""
+
+    ttft_ms: float | None = Field(None, gt=0, description="Most milliseconds to the first content.")
+    tpot_ms: float | None = Field(None, gt=0, description="Most milliseconds per further token.")
+    latency_s: float | None = Field(None, gt=0, description="Most seconds to the last byte.")
+    share: float = Field(0.95, gt=0, le=1, description="Share of the requests that has to keep all of these.")
+
+
+class RampConfig(Strict):
+    """Concurrency that changes over time, on one target: what autoscaling makes of it. No comparison."""
+
+    target: str = Field(description="Name of the target.")
+    steps: list[tuple[Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]]] = Field(
+        min_length=1, description="Seconds and concurrency of each step, one after the other."
+    )
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class TrafficConfig(Strict):
@@ -944,13 +1018,33 @@ class TrafficConfig(Strict):
 
     version: Literal[1] = 1
     output: str = Field(description="Folder that takes requests.parquet and GuideLLM's own files.")
-    prompts: str = Field(description="A prompts split written by `medusa-ray data`, or JSONL of chats.")
+    prompts: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1,
+        description="URI, or a list of which rows are taken in turns: a prompts split written by `medusa-ray data`, or "
+        "a file or folder of JSON, JSONL or Parquet. Rows with `messages` go to /v1/chat/completions; rows with `text` "
+        "or `prompt`, templated already, to /v1/completions as they are.",
+    )
     targets: dict[str, TargetConfig] = Field(
         min_length=1, description="Arms by name, e.g. baseline and medusa."
     )
     loads: list[str] = Field(
         default=["synchronous", "concurrency=1", "concurrency=4", "concurrency=16", "throughput"],
-        description="synchronous, throughput, or concurrency=N.",
+        description="synchronous, throughput, concurrency=N, or or open loads of R requests/s: poisson=R, constant=R.",
+    )
+    slo: SloConfig | None = Field(None, description="Goodput is reported under it.")
+    external: str | None = Field(
+        None,
+        description="The target that is an engine of another make, without speculation; a baseline below 0.8 of its "
+        "output tokens/s is weak, and the report says so.",
+    )
+    search_break_even: bool = Field(
+        False,
+        description="After the loads, measure further concurrency=N between the last where medusa is faster than "
+        "baseline and the first where it is not, or beyond the last one.",
+    )
+    ramp: RampConfig | None = Field(None, description="Sent after everything else.")
+    overlap_with: str | None = Field(
+        None, description="The training chats, such as RUN/prompts/train, of which no prompt should be one."
     )
     num_requests: int = Field(64, gt=0, description="Requests of each arm at each load in each round.")
     num_warmup: int = Field(8, ge=0, description="Requests sent to each arm at first, at once; in no figure.")
@@ -958,19 +1052,43 @@ class TrafficConfig(Strict):
     max_seconds: float = Field(60, gt=0, description="Longest time of one arm at one load in one round.")
     max_tokens: int = Field(128, gt=0, description="Longest reply, in tokens.")
     temperature: float = Field(0.0, ge=0, le=2, description="Sent with every request.")
-    seed: int = Field(0, ge=0, description="Sent with every request, so that arms that sample draw alike.")
-    max_concurrency: int = Field(32, gt=0, description="Requests in flight under `throughput`.")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Sent with every request, so that arms that sample draw alike; and what arrivals are drawn from.",
+    )
+    max_concurrency: int = Field(
+        32,
+        gt=0,
+        description="Requests in flight under `throughput`, and the most that search_break_even tries.",
+    )
 
     @model_validator(mode="after")
     def _loads_are_known(self) -> "TrafficConfig":
         for load in self.loads:
             kind, _, number = load.partition("=")
-            known = load in ("synchronous", "throughput") or (kind == "concurrency" and number.isdecimal())
-            if not known or number == "0":
+            is_known = load in ("synchronous", "throughput")
+            if kind == "concurrency":
+                is_known = number.isdecimal() and int(number) > 0
+            elif kind in ("poisson", "constant"):
+                is_known = re.fullmatch(r"\d+(\.\d+)?", number) is not None and float(number) > 0
+            if not is_known:
                 raise ValueError(
-                    f"loads has {load!r}; expected 'synchronous', 'throughput' or 'concurrency=N' with N "
-                    "of at least 1."
+                    f"loads has {load!r}; expected 'synchronous', 'throughput', 'concurrency=N' with N of at least 1, "
+                    "'poisson=R' or 'constant=R' with R requests per second."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_there(self) -> "TrafficConfig":
+        for key, name in (("external", self.external), ("ramp.target", self.ramp and self.ramp.target)):
+            if name is not None and name not in self.targets:
+                raise ValueError(f"{key} is {name!r}, which is none of the targets {list(self.targets)}.")
+        if self.search_break_even and not {"baseline", "medusa"} <= self.targets.keys():
+            raise ValueError(
+                f"search_break_even compares the targets baseline and medusa, but there are {list(self.targets)}. "
+                "Name them so, or leave it out."
+            )
         return self
 
 
@@ -1054,18 +1172,25 @@ def parse_any(raw: dict[str, Any], where: str) -> Strict:
     """The config that these values mean to be: of a run, of a server or of traffic, or the part of a KubeRay file that
     is ours, `serveConfigV2` of a RayService or `runtimeEnvYAML` of a RayJob."""
     if not str(raw.get("apiVersion", "")).startswith("ray.io/"):
-        return parse(kind_of(raw), raw, where)
+        kind = kind_of(raw)
+        if not any(_close(str(key), kind.model_fields) for key in raw):
+            keys = ", ".join(map(str, raw)) or "none"
+            raise UserError(
+                f"{where} has the keys {keys}; a run has `model` and `data`, a serve file `applications`, and traffic "
+                "`targets` and `prompts`."
+            )
+        return parse(kind, raw, where)
     ours: dict[str, tuple[str, type[Strict]]] = {
         "RayService": ("serveConfigV2", ServeConfig),
         "RayJob": ("runtimeEnvYAML", RuntimeEnv),
     }
     if raw.get("kind") not in ours:
         raise UserError(f"{where}: kind is {raw.get('kind')!r}; expected {' or '.join(ours)}.")
-    key, kind = ours[raw["kind"]]
+    key, kind_of_text = ours[raw["kind"]]
     text = (raw.get("spec") or {}).get(key)
     if not isinstance(text, str):
         raise UserError(f"{where}: spec.{key} is {text!r}; expected the text of a YAML file, after `{key}: |`.")
-    return parse(kind, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
+    return parse(kind_of_text, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
 
 
 def notes(config: ServeConfig) -> list[str]:
@@ -1073,6 +1198,11 @@ def notes(config: ServeConfig) -> list[str]:
     http, found = config.http_options, []
     if "host" not in http.model_fields_set:
         found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
+    if "request_timeout_s" not in http.model_fields_set:
+        found.append(
+            f"http_options.request_timeout_s is not set: `medusa-ray serve` takes {REQUEST_TIMEOUT_S:g} s, `serve "
+            "deploy` has no limit"
+        )
     open_apps = [app.name for app in config.applications if app.args.api_key_env is None]
     if http.host not in ("127.0.0.1", "localhost", "::1") and open_apps:
         found.append(
@@ -1090,7 +1220,8 @@ def notes(config: ServeConfig) -> list[str]:
                 "GPUs that nobody asked for"
             )
         scaling = options.autoscaling_config if options else None
-        if scaling and not scaling.target_ongoing_requests and not scaling.policy:
+        scales = scaling is not None or (options is not None and options.num_replicas == "auto")
+        if scales and not (scaling and (scaling.target_ongoing_requests or scaling.policy)):
             found.append(
                 f"application {app.name} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
                 f"args.max_batch_size ({app.args.max_batch_size}), `serve deploy` Ray's 2"

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "medusa_ray"
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
 STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
 FLOORS = {
-    PAPER: {"card", "config", "records", "provenance", "parts", "report", "traffic"},
+    PAPER: {"card", "config", "records", "provenance", "parts", "report", "tools", "traffic"},
     MATHS: {
         f"medusa.{name}"
         for name in (
@@ -28,6 +28,7 @@ FLOORS = {
     },
     MODEL: {
         "chat",
+        "grammar",
         "openai_api",
         "states",
         *(
@@ -43,13 +44,14 @@ FLOORS = {
 LIBRARIES = {
     PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
-    MODEL: {"peft", "tokenizers", "transformers"},
+    MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",
         "fastapi",
         "huggingface_hub",
         "prometheus_client",
+        "psutil",
         "ray",
         "starlette",
         "tensorboard",

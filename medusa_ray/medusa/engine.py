@@ -658,9 +658,9 @@ class Engine:
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
 
-    def check_room(self) -> None:
-        """Raises QueueFull when `add` would: before the work of making a request."""
-        self.scheduler.check_room()
+    def check_room(self, num: int = 1) -> None:
+        """Raises QueueFull when `add` of so many would: before the work of making requests."""
+        self.scheduler.check_room(num)
 
     def add(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
@@ -740,10 +740,11 @@ class Engine:
             if self._coming is None:
                 self.scheduler.work.wait()
             try:
-                # At once: a first token is not to wait for a step it has no part in.
-                self._send(self._take_in())
-                self._send(self._move_on())
-                self.last_step_s = time.monotonic()
+                # The first at once: a first token is not to wait for a step it has no part in.
+                for half in (self._take_in, self._move_on):
+                    deltas = half()
+                    self.last_step_s = time.monotonic()
+                    self._send(deltas)
             except Exception as error:
                 self.failure = error
         failed = RuntimeError(f"the engine has failed: {self.failure}")

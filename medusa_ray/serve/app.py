@@ -20,8 +20,8 @@ from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
 from medusa_ray.serve.shards import Followers
 
-PUBLISH_EVERY_S = 5.0
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
+PUBLISH_EVERY_S = 5.0
 
 (DEPLOYMENT,) = DEPLOYMENTS["medusa_ray.serve:build_app"]
 
@@ -132,10 +132,10 @@ def _publish(metrics: Metrics) -> None:
     gauges: dict[str, Gauge] = {}
     while True:
         for sample in (sample for family in metrics.collect() for sample in family.samples):
-            labels = {
-                name: value for name, value in sample.labels.items() if name != "replica"
-            }  # Ray tells that
+            labels = dict(sample.labels)
+            labels.pop("replica")  # Ray tells that itself
             if sample.name not in gauges:
-                gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(labels))  # type: ignore[arg-type]  # Ray means any length
+                tags: Any = tuple(labels)  # Ray's type has one only, but it means any number
+                gauges[sample.name] = Gauge(sample.name, tag_keys=tags)
             gauges[sample.name].set(sample.value, labels)
         time.sleep(PUBLISH_EVERY_S)

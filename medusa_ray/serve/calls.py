@@ -37,12 +37,19 @@ class Call:
     admitted_s: float | None = None
     queue_s: float = 0.0
     first_s: float | None = None  # first token
-    last_s: float | None = None
+    last_s: float = 0.0  # and the last one so far
     num_tokens: int = 0
     num_steps: int = 0
-    finish_reason: str | None = None
+    num_open: int = 1  # replies that are not whole, where several are asked for
+    finish_reason: str | None = None  # of the last one to be whole
     prompt: Any = None  # these two are kept for the log alone, where it is to have them
     reply: str | None = None
+
+    def finish(self, reason: str) -> None:
+        """Takes in the end of one of its replies."""
+        self.num_open -= 1
+        if not self.num_open:
+            self.finish_reason = reason
 
     def line(self) -> str:
         """Of the access log."""
@@ -123,18 +130,17 @@ class Totals:
             self.validation_s.add(call.admitted_s - call.came_s)
             self.num_prompt_tokens.add(call.num_prompt_tokens)
             self.max_new_tokens.add(call.max_new_tokens)
-        if call.first_s is not None and call.admitted_s is not None:
+        if call.first_s is not None:
             self.ttft_s.add(call.first_s - call.came_s)
             self.queue_s.add(call.queue_s)
         if reason := why_failed(call):
             self.failed[reason] += 1
             return
-        assert call.first_s is not None
-        assert call.last_s is not None
-        assert call.admitted_s is not None
         self.request_s.add(time.monotonic() - call.came_s)
-        self.inference_s.add(call.last_s - call.admitted_s - call.queue_s)
         self.num_tokens.add(call.num_tokens)
+        if call.first_s is None or call.admitted_s is None:  # past its deadline before its first token
+            return
+        self.inference_s.add(call.last_s - call.admitted_s - call.queue_s)
         if call.num_tokens > 1:
             self.mean_token_s.add((call.last_s - call.first_s) / (call.num_tokens - 1))
 

@@ -47,7 +47,11 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
         _check_port_is_free(http.host, http.port)
     targets = [
         serve.RunTarget(
-            application(app), app.name, app.route_prefix, _given(app.logging_config), app.external_scaler_enabled
+            application(app),
+            app.name,
+            app.route_prefix,
+            _given(app.logging_config),
+            app.external_scaler_enabled,
         )
         for app in config.applications
     ]
