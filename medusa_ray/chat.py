@@ -161,6 +161,11 @@ class Chat:
         """Tokens that texts of replies leave out."""
         return frozenset(self.tokenizer.all_special_ids)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of more than N times as many has more than N tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self.tokenizer)
 

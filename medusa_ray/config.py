@@ -616,6 +616,9 @@ class TrafficLogConfig(Strict):
         return self
 
 
+TreeChoice = Literal["auto", "chain", "file"] | list[list[int]]
+
+
 class EngineConfig(Strict):
     """`args` of an application: one engine and the protocol in front of it."""
 
@@ -623,7 +626,7 @@ class EngineConfig(Strict):
     aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
     base: str = Field(description="Folder or hub name of the base model.")
     heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
-    tree: Literal["auto", "chain", "file"] | list[list[int]] = Field(
+    tree: TreeChoice = Field(
         "auto",
         description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
         "the load; or rank paths.",
@@ -638,6 +641,12 @@ class EngineConfig(Strict):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the base, a part of every layer in each: TGI's NUM_SHARD. With more than one "
+        "it runs eagerly. A replica needs a CPU for each, and with device cuda a GPU.",
+    )
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
     max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
     max_input_tokens: int | None = Field(
@@ -679,6 +688,13 @@ class EngineConfig(Strict):
                 f"is {self.max_total_tokens}. Set it to at most {self.max_total_tokens - 1}."
             )
         return self
+
+
+class GuesserConfig(Strict):
+    """`user_config` of an engine: what it guesses with, while it runs. A key that is left out is as in `args`."""
+
+    heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
+    tree: TreeChoice = Field("auto", description="As `args.tree`.")
 
 
 # Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys
@@ -830,7 +846,9 @@ class DeploymentConfig(Strict):
     max_queued_requests: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
-    user_config: dict[str, Any] | None = None
+    user_config: GuesserConfig | None = Field(
+        None, description="Changed alone, it reaches the replicas that run; without it they go by args."
+    )
     health_check_period_s: float | None = Field(None, gt=0)
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
@@ -890,6 +908,19 @@ class ApplicationConfig(Strict):
                 )
             if names.count(name) > 1:
                 raise ValueError(f"application {self.name} overrides the deployment {name} twice; write it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_places(self) -> "ApplicationConfig":
+        num_shards = self.args.tensor_parallel
+        for deployment in self.deployments:
+            bundles = deployment.placement_group_bundles
+            if bundles is None or num_shards == 1 or len(bundles) == num_shards:
+                continue
+            raise ValueError(
+                f"application {self.name} has tensor_parallel {num_shards}, but {len(bundles)} "
+                "placement_group_bundles; give one for each shard, the replica's own first, or leave them out."
+            )
         return self
 
     @model_validator(mode="after")

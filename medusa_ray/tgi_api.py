@@ -120,6 +120,11 @@ class GenerateRequest(Incoming):
         return self.parameters.stop
 
     @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised."""
+        return len(self.inputs)
+
+    @property
     def num_wanted(self) -> int | None:
         return self.parameters.max_new_tokens
 

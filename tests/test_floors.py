@@ -16,7 +16,18 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "medusa_ray"
 
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
-STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
+STAGE_MODULES = {
+    "data",
+    "distill",
+    "hidden",
+    "train",
+    "evaluate",
+    "serve",
+    "bench",
+    "profile",
+    "hub",
+    "exchange",
+}
 FLOORS = {
     PAPER: {"card", "config", "records", "provenance", "parts", "report", "tools", "traffic"},
     MATHS: {
@@ -34,9 +45,18 @@ FLOORS = {
         "states",
         *(
             f"medusa.{name}"
-            for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
+            for name in [
+                "attention",
+                "base",
+                "backbone",
+                "cache",
+                "conformance",
+                "treepass",
+                "compiled",
+                "graphs",
+            ]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

@@ -7,10 +7,20 @@ holds the value at which it changes nothing.
 import dataclasses
 import json
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema
 
 from medusa_ray import grammar
 from medusa_ray.chat import Message
@@ -24,6 +34,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for /v1/completions; chat has none
 TEMPERATURE = 1.0  # likewise, for both
+SHORTLY = reprlib.Repr()
+SHORTLY.maxstring = SHORTLY.maxlong = SHORTLY.maxother = 98
 UNION_MEMBER = re.compile(r"(str|NamedTool|(literal|list)\[.*\])$")
 
 
@@ -47,12 +59,30 @@ def check_stop(stop: list[str]) -> list[str]:
     return stop
 
 
+def _stop_at_first_error(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for inner in schema.values():
+            _stop_at_first_error(inner)
+    elif isinstance(schema, list | tuple):
+        for inner in schema:
+            _stop_at_first_error(inner)
+
+
 class Incoming(BaseModel):
     """JSON as it comes: types are not bent, NaN is no number, and undeclared fields are left to `parse`."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     harmless: ClassVar[set[str]] = set()  # undeclared fields that change no text, whatever they hold
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}  # others, with the values at which they change none
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists are looked at up to their first wrong entry: errors of a million of them take seconds to make."""
+        schema = handler(source)
+        _stop_at_first_error(schema)
+        return schema
 
 
 class StreamOptions(Incoming):
@@ -345,6 +375,11 @@ class ChatRequest(GenerationRequest):
         return super()._one_constraint(found)
 
     @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised."""
+        return sum(len(message.content or "") for message in self.messages)
+
+    @property
     def num_wanted(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -396,6 +431,11 @@ class CompletionRequest(GenerationRequest):
         return best_of
 
     @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised: none where token ids came."""
+        return sum(len(prompt) for prompt in self.prompt if isinstance(prompt, str))
+
+    @property
     def num_wanted(self) -> int | None:
         return self.max_tokens or COMPLETION_TOKENS
 
@@ -437,12 +477,16 @@ def explain(error: ValidationError) -> ApiError:
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.")
     # The members of a union are part of pydantic's path, but not of the client's.
-    path = ".".join(str(part) for part in problem["loc"] if not UNION_MEMBER.match(str(part)))
+    path = _short(".".join(str(part) for part in problem["loc"] if not UNION_MEMBER.match(str(part))))
     if problem["type"] == "missing":
         return ApiError(400, f"{path} is missing.", path)
-    came = repr(problem["input"])
-    came = came if len(came) <= 100 else f"{came[:100]}..."
+    came = _short(SHORTLY.repr(problem["input"]))
     return ApiError(400, f"{path or 'The body'} is {came}: {problem['msg']}.", path or None)
+
+
+def _short(text: str) -> str:
+    """What a client sent, as far as an error repeats it."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _refuse_unsupported(value: Any, path: str = "") -> None:
@@ -460,8 +504,9 @@ def _refuse_unsupported(value: Any, path: str = "") -> None:
         if extra is None or name in value.harmless or same:
             continue
         advice = f" or set it to {json.dumps(neutral[0])}" if neutral else ""
-        message = f"{path}{name} is not supported by this server; leave it out{advice}."
-        raise ApiError(400, message, path + name, "unsupported")
+        field = _short(path + name)
+        message = f"{field} is not supported by this server; leave it out{advice}."
+        raise ApiError(400, message, field, "unsupported")
     for name in type(value).model_fields:
         _refuse_unsupported(getattr(value, name), f"{path}{name}.")
 

@@ -3,6 +3,7 @@
 Ingress and engine are together (the *fast* shape), so that a token crosses no other process before the proxy.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -12,11 +13,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.metrics import Gauge
 
-from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig
+from medusa_ray import config
+from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig, GuesserConfig
 from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
+from medusa_ray.serve.shards import Followers
 
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
 PUBLISH_EVERY_S = 5.0
@@ -29,9 +32,34 @@ class Replica:
     """A server in a Ray Serve replica."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        followers = Followers(args) if args.tensor_parallel > 1 else None
+        shards = followers.shards if followers else None
+        self.server = Server.load(args, serve.get_replica_context().replica_tag, shards)
+        gc.freeze()  # a large body's objects are no reason to look through all of torch's again
+        if followers:
+            followers.watch(self.server.engine)
+        self.has_started = False
         _log_to_stderr(calls.LOG)
         threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
+        """Serves with the heads and the tree of `user_config`, or of args where that names none.
+
+        Ray Serve calls it at the start and at each change. It leaves null out, unless a rank is wanted. What is raised
+        fails the start; of a replica that serves it would be the end, so it goes on with what it has and says why.
+        """
+        args = self.server.args
+        try:
+            asked = config.parse(GuesserConfig, user_config or {}, "user_config")
+            heads, tree = (
+                {**dict(args), **asked.model_dump(exclude_unset=True)}[key] for key in ("heads", "tree")
+            )
+            await self.server.swap(heads, tree)
+        except Exception as error:
+            if not self.has_started:
+                raise
+            self.server.refuse(error)
+        self.has_started = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.server, tells_id=False)  # Ray Serve puts the x-request-id on responses itself
@@ -62,6 +90,13 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
         # What a first replica dies of, a wrong path say, would kill the second and third one too.
         "max_constructor_retry_count": 1,
     }
+    if args.tensor_parallel > 1:
+        # The replica is in the first bundle, a follower in each of the others.
+        has_gpu = args.device == "cuda"
+        defaults["placement_group_bundles"] = [
+            {"CPU": 1} | ({"GPU": 1} if has_gpu else {})
+        ] * args.tensor_parallel
+        defaults["ray_actor_options"] = {"num_cpus": 1, "num_gpus": int(has_gpu)}
     return deployment.options(**{**defaults, **options}).bind(args)
 
 
@@ -70,6 +105,8 @@ def application(app: ApplicationConfig) -> serve.Application:
     options: dict[str, Any] = {}
     for override in app.deployments:
         options = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.user_config:  # whose null is a value
+            options["user_config"] = override.user_config.model_dump(exclude_unset=True)
         if override.num_replicas == "auto" or override.autoscaling_config:
             # Ray's own target, 2, would start a replica for a batch that is all but empty.
             scaling = options.get("autoscaling_config") or {}

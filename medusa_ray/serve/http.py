@@ -221,7 +221,7 @@ def _facts(
     async def facts(http: HttpRequest) -> Response:
         try:
             request = openai_api.parse(kind, await _body(http, server.args.payload_limit))
-            return JSONResponse(fact(server, request))
+            return JSONResponse(await asyncio.to_thread(fact, server, request))  # others' streams go on
         except ApiError as error:
             return error_response(error, http.scope["call"])
 

@@ -2,25 +2,26 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from medusa_ray import openai_api, tgi_api
+from medusa_ray import openai_api, provenance, tgi_api
 from medusa_ray.chat import Chat, Message
-from medusa_ray.config import EngineConfig
+from medusa_ray.config import EngineConfig, TreeChoice
 from medusa_ray.grammar import Grammar, GrammarError, Grammars, Matcher
 from medusa_ray.medusa.engine import Engine, Request
-from medusa_ray.medusa.heads import WEIGHTS
+from medusa_ray.medusa.heads import EXTENDED_WEIGHTS, WEIGHTS
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
+from medusa_ray.medusa.sharded import Shards
 from medusa_ray.openai_api import (
     ApiError,
     ChatRequest,
@@ -33,13 +34,34 @@ from medusa_ray.serve.calls import Call, Totals
 from medusa_ray.tgi_api import GenerateRequest
 from medusa_ray.traffic import TrafficLog
 
+log = logging.getLogger("medusa_ray")
+
 RETRY_AFTER_S = 1
+LONG_PROMPT_CHARACTERS = 20_000  # some 50 ms of a tokenizer's time
 FRESH_S = 1.0  # a step is proof of life for so long
 HEALTH_TIMEOUT_S = 20.0  # below Ray Serve's health_check_timeout_s
 
 AnyRequest = ChatRequest | CompletionRequest | GenerateRequest
 AnyEnvelope = openai_api.Envelope | tgi_api.Envelope
 Piece = tuple[str, Reply]  # text that may be shown after a step, and the reply so far
+
+
+@dataclass(frozen=True)
+class Served:
+    """What replies are guessed with."""
+
+    heads: str | None
+    tree: TreeChoice
+    version: str  # of the heads: a digest of their weights
+
+    @classmethod
+    def of(cls, heads: str | None, tree: TreeChoice) -> "Served":
+        for file in (f"{heads}/{name}" for name in (WEIGHTS, EXTENDED_WEIGHTS)):
+            if (
+                heads and (digest := provenance.digest(file)) != file
+            ):  # which stands for itself where it is none
+                return cls(heads, tree, digest[:12])
+        return cls(heads, tree, "")
 
 
 class Server:
@@ -60,35 +82,34 @@ class Server:
         self.grammars = Grammars(chat.tokenizer, engine.vocab_size, engine.eos_ids)
         self.api_keys = _api_keys(args.api_key_env)
         self.replica = replica
-        self.heads_version = _heads_version(args.heads)
         self.totals = Totals()
         self._probe: asyncio.Task[None] | None = None
+        self.served = [Served.of(args.heads, args.tree)]  # the last one now
+        self.refusal: str | None = None  # why the last ones asked for are not
 
     @classmethod
-    def load(cls, args: EngineConfig, replica: str = "") -> "Server":
+    def load(cls, args: EngineConfig, replica: str = "", shards: Shards | None = None) -> "Server":
         """A server that has answered itself a first time, so that no user waits for what is done once.
 
-        Raises ValueError or OSError for what cannot be served.
+        shards: as Engine takes them. Raises ValueError or OSError for what cannot be served.
         """
         _api_keys(args.api_key_env)
         # First, since a hook that cannot be imported is found in no time, and a base takes minutes to load.
         traffic = TrafficLog(args.traffic_log) if args.traffic_log else None
         if args.threads:
             torch.set_num_threads(args.threads)
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine.load(
             args.base,
             args.heads,
-            tree=None if args.tree == "file" else args.tree,
-            device=device,
+            tree=_as_engine_takes(args.tree),
+            device=device_of(args),
             dtype=args.dtype,
             max_batch_size=args.max_batch_size,
             max_total_tokens=args.max_total_tokens,
             compile=args.compile,
             shares_prefixes=args.shares_prefixes,
             max_waiting=args.max_concurrent_requests - args.max_batch_size,
+            shards=shards,
         )
         engine.warm_up()
         return cls(engine, Chat.load(args.base), args, traffic, replica)
@@ -189,7 +210,7 @@ class Server:
         # A refusal under overload is not to cost a tokenisation.
         self.engine.check_room(num_prompts * request.num_choices)
         groups = []
-        for prompt_ids in self._prompts(request):
+        for prompt_ids in await self._tokenized(request):
             first = Request(
                 prompt_ids,
                 openai_api.num_new_tokens(
@@ -235,6 +256,22 @@ class Server:
             message = f"The model {name[:100]!r} does not exist here; served: {served}."
             raise ApiError(404, message, "model", "model_not_found")
 
+    async def _tokenized(self, request: AnyRequest) -> list[list[int]]:
+        """The prompts, while others' streams go on. Raises ApiError, at once for what is far too long."""
+        most = self.chat.longest_token * self.engine.max_total_tokens
+        is_cut = isinstance(request, GenerateRequest) and request.parameters.truncate
+        num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        if request.num_characters > most * num_prompts and not is_cut:
+            message = (
+                f"{request.input_field} has {request.num_characters} characters, but at most "
+                f"{self.engine.max_total_tokens} tokens (max_total_tokens) are taken, and no token has more than "
+                f"{self.chat.longest_token} characters; shorten it."
+            )
+            raise ApiError(400, message, request.input_field, "context_length_exceeded")
+        if request.num_characters > LONG_PROMPT_CHARACTERS:
+            return await asyncio.to_thread(self._prompts, request)
+        return self._prompts(request)
+
     def _prompts(self, request: AnyRequest) -> list[list[int]]:
         if isinstance(request, GenerateRequest):
             # The last ones, of which TGI's `truncate` counts so many.
@@ -250,6 +287,25 @@ class Server:
             return self.chat.prompt_ids(messages, tools, is_prompt)
         except ValueError as error:  # the base has no template, or its template refuses these messages
             raise ApiError(400, str(error), "messages") from None
+
+    async def swap(self, heads: str | None, tree: TreeChoice) -> None:
+        """Serves with these heads and this tree from now on, and loses no request.
+
+        Raises ValueError, OSError or RuntimeError when it cannot, and goes on with those it has.
+        """
+        self.refusal, now = None, self.served[-1]
+        if (heads, tree) == (now.heads, now.tree):
+            return
+        self.engine.start()
+        coming = await asyncio.to_thread(Served.of, heads, tree)
+        await asyncio.to_thread(self.engine.swap, heads, _as_engine_takes(tree))
+        self.served = [served for served in self.served if served != coming] + [coming]
+        log.info("swapped heads=%s version=%s tree_nodes=%d", heads, coming.version, self.engine.num_nodes)
+
+    def refuse(self, error: Exception) -> None:
+        """Says why what was asked for is not served."""
+        self.refusal = str(error)
+        log.error("heads were not swapped, and heads=%s go on: %s", self.served[-1].heads, error)
 
     def tokenize(self, request: TokenizeRequest) -> Any:
         """Token ids of a prompt or chat as vLLM's /tokenize has them, of `inputs` as TGI's. Raises ApiError."""
@@ -331,8 +387,9 @@ class Server:
             # ours
             "aliases": self.args.aliases,
             "base": self.args.base,
-            "heads": self.args.heads,
-            "heads_version": self.heads_version,
+            "heads": self.served[-1].heads,
+            "heads_version": self.served[-1].version,
+            "heads_refused": self.refusal,
             "num_heads": engine.num_heads,
             "head_layout": heads.layout if heads else None,
             "draft_vocab_size": heads.draft_vocab_size if heads else None,
@@ -340,6 +397,7 @@ class Server:
             "is_adaptive": engine.is_adaptive,
             "shares_prefixes": self.args.shares_prefixes,
             "mode": engine.mode,
+            "tensor_parallel": self.args.tensor_parallel,
             "threads": torch.get_num_threads(),
             "max_batch_size": self.args.max_batch_size,
             "payload_limit": self.args.payload_limit,
@@ -347,13 +405,14 @@ class Server:
         }
 
 
-def _heads_version(folder: str | None) -> str | None:
-    """What tells heads from those that had their folder before; None for none."""
-    weights = Path(folder or "") / WEIGHTS
-    if folder is None or not weights.exists():
-        return None
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+def device_of(args: EngineConfig) -> str:
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return args.device
+
+
+def _as_engine_takes(tree: TreeChoice) -> list[list[int]] | str | None:
+    return None if tree == "file" else tree
 
 
 def _api_keys(variable: str | None) -> list[bytes]:
