@@ -17,7 +17,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -607,12 +609,38 @@ class EngineConfig(Strict):
     )
 
 
+ROUTER = "Router"  # the deployment in front; those behind it have the names of their models
+
+
+class ResilientConfig(Strict):
+    """`args` of an application with a router in front: engines of one or several models behind one URL."""
+
+    models: list[EngineConfig] = Field(
+        min_length=1, description="One engine each; `deployments` has the replicas of each under its model_id."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "ResilientConfig":
+        names = [ROUTER, *(name for model in self.models for name in (model.model_id, *model.aliases))]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"the name {twice[0]!r} stands for two things; give each model and alias behind one router a name of "
+                f"its own, other than {ROUTER!r}."
+            )
+        return self
+
+
 class HttpOptions(Strict):
     host: str = Field("127.0.0.1", description="Ray's own default is every interface; ours is loopback.")
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = ""
     request_timeout_s: float | None = Field(600, gt=0)
     keep_alive_timeout_s: int = Field(5, gt=0)
+
+
+class PolicyConfig(Strict):
+    policy_function: str = Field(description="module:name of what says how many replicas there should be.")
+    policy_kwargs: dict[str, Any] = Field(default_factory=dict, description="What its constructor takes.")
 
 
 class AutoscalingConfig(Strict):
@@ -626,6 +654,10 @@ class AutoscalingConfig(Strict):
     downscale_delay_s: float = Field(600, ge=0)
     upscaling_factor: float | None = Field(None, gt=0)
     downscaling_factor: float | None = Field(None, gt=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0)
+    policy: PolicyConfig | None = Field(
+        None, description="Null goes by target_ongoing_requests; medusa_ray.serve.scaling has another one."
+    )
 
 
 class DeploymentConfig(Strict):
@@ -642,13 +674,39 @@ class DeploymentConfig(Strict):
     graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
 
 
+def _shape_of(args: Any) -> str:
+    names = args if isinstance(args, dict) else getattr(args, "model_fields_set", ())
+    return (ResilientConfig if "models" in names else EngineConfig).__name__
+
+
 class ApplicationConfig(Strict):
     name: str
     route_prefix: str = "/"
-    import_path: Literal["medusa_ray.serve:build_app"] = "medusa_ray.serve:build_app"
+    import_path: Literal["medusa_ray.serve:build_app", "medusa_ray.serve:build_resilient_app"] = (
+        "medusa_ray.serve:build_app"
+    )
     runtime_env: dict[str, Any] = Field(default_factory=dict)
-    args: EngineConfig
+    args: Annotated[
+        Annotated[EngineConfig, Tag(EngineConfig.__name__)]
+        | Annotated[ResilientConfig, Tag(ResilientConfig.__name__)],
+        Discriminator(_shape_of),
+    ]
     deployments: list[DeploymentConfig] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _args_are_the_builders(self) -> "ApplicationConfig":
+        if isinstance(self.args, ResilientConfig) != self.import_path.endswith(":build_resilient_app"):
+            raise ValueError(
+                f"application {self.name} has the import_path {self.import_path} and args "
+                f"{'with' if isinstance(self.args, ResilientConfig) else 'without'} `models`; they belong to "
+                "medusa_ray.serve:build_resilient_app, and to it alone."
+            )
+        return self
+
+    @property
+    def models(self) -> list[EngineConfig]:
+        """What is behind its URL."""
+        return self.args.models if isinstance(self.args, ResilientConfig) else [self.args]
 
 
 class ServeConfig(Strict):
@@ -841,6 +899,9 @@ def _locate(kind: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[S
         kind  # where a further part is looked up: a section, a list or dict of sections, a plain type
     )
     for part in loc:
+        if branch := _branches(inner).get(part):
+            inner = section = branch
+            continue
         if isinstance(part, str) and not _model_of(inner):
             break
         parts.append(str(part))
@@ -876,6 +937,12 @@ def _model_of(annotation: Any) -> type[Strict] | None:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return annotation
     return next((found for inner in get_args(annotation) if (found := _model_of(inner))), None)
+
+
+def _branches(annotation: Any) -> dict[int | str, type[Strict]]:
+    """The config classes of a union of several, by the names that pydantic puts into places."""
+    classes = [inner for inner in map(_model_of, get_args(annotation)) if inner]
+    return {inner.__name__: inner for inner in classes} if len(classes) > 1 else {}
 
 
 def _dotted(kind: type[Strict], prefix: str = "") -> list[str]:

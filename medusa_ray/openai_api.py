@@ -477,8 +477,8 @@ def _likeliest(alternatives: list[tuple[str, float]]) -> dict[str, float]:
 
 
 def error_events(error: ApiError) -> str:
-    """The end of a stream that broke: an explicit error, so that no client takes the text for whole."""
-    return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
+    """The end of a stream that broke: an error, and no [DONE], so that no client takes the text for whole."""
+    return f"data: {json.dumps(error.body)}\n\n"
 
 
 def model_list(names: list[str]) -> dict[str, Any]:

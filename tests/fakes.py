@@ -12,7 +12,7 @@ class ScriptedEngine:
     """Replies to every request with the same steps, whatever the prompt: [[token, ...], ...]."""
 
     mode, is_adaptive, heads = "eager", False, None
-    num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
+    num_heads, num_nodes, num_running, num_waiting, num_waiting_tokens = 3, 8, 0, 0, 0
 
     def __init__(
         self, steps: list[list[int]], finish_reason: str = "stop", max_total_tokens: int = 512

@@ -675,6 +675,17 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self.scheduler.joining)
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the open requests may still need: of their prompts what is not in the cache, and of their replies
+        as many as they may get."""
+        # A list of a deque is made at once, whatever another thread does to the deque.
+        scheduler = self.scheduler
+        return sum(
+            sequence.num_left + sequence.request.max_new_tokens - len(sequence.token_ids)
+            for sequence in (*list(scheduler.waiting), *scheduler.joining, *scheduler.running)
+        )
+
 
 def tree_sizes(largest: int) -> list[int]:
     """Nodes of the trees that an adaptive step chooses from, the root counted: 1, 2, 3, 5, 9, 17 ... and all."""

@@ -4,6 +4,7 @@ import logging
 import socket
 import time
 import urllib.request
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -12,8 +13,9 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 
-from medusa_ray.config import ServeConfig, UserError
-from medusa_ray.serve.app import application
+from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, ServeConfig, UserError
+from medusa_ray.serve.app import DEPLOYMENT, fast
+from medusa_ray.serve.router import resilient
 
 log = logging.getLogger("medusa_ray")
 
@@ -33,6 +35,30 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # Ray's 30 s are for external load balancers
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too few on a busy laptop
     }
+
+
+def application(app: ApplicationConfig) -> serve.Application:
+    """The application with the file's overrides of its deployments."""
+    args = app.args
+    names = [DEPLOYMENT]
+    if isinstance(args, ResilientConfig):
+        names = [ROUTER, *(model.model_id for model in args.models)]
+    # What a first replica dies of, a wrong path say, would kill the second and third one too.
+    options: dict[str, dict[str, Any]] = {name: {"max_constructor_retry_count": 1} for name in names}
+    for override in app.deployments:
+        if override.name not in names:
+            raise UserError(
+                f"application {app.name} overrides a deployment named {override.name!r}, but it has only "
+                f"{', '.join(map(repr, names))}."
+            )
+        options[override.name] |= override.model_dump(exclude_none=True, exclude={"name"})
+    if app.runtime_env:
+        for given in options.values():
+            given["ray_actor_options"] = {
+                "runtime_env": app.runtime_env,
+                **given.get("ray_actor_options", {}),
+            }
+    return resilient(args, options) if isinstance(args, ResilientConfig) else fast(args, options)
 
 
 def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:

@@ -50,7 +50,7 @@ def build_api(server: Server) -> FastAPI:
         try:
             server.check_health()
         except RuntimeError as error:
-            return _error(ApiError(503, str(error), code="engine_failed"))
+            return error_response(ApiError(503, str(error), code="engine_failed"))
         return JSONResponse({"status": "ok"})
 
     @api.get("/info")
@@ -63,7 +63,7 @@ def build_api(server: Server) -> FastAPI:
 
     @api.exception_handler(HTTPException)
     async def no_such_route(http: HttpRequest, error: HTTPException) -> Response:
-        return _error(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}."))
+        return error_response(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}."))
 
     return api
 
@@ -73,15 +73,15 @@ async def _respond(
 ) -> Response:
     """One reply, whole or as a stream. Errors that come before the first token get their own status."""
     try:
-        request = openai_api.parse(kind, await _body(http))
+        request = openai_api.parse(kind, await body_of(http))
         envelope = Envelope(request)
         pieces = server.logged(server.answer(request), request, envelope)
         if request.stream:
-            first = await _unless_gone(http, anext(pieces))
+            first = await unless_gone(http, anext(pieces))
             return EventStream(first, pieces, envelope)
-        return JSONResponse(await _unless_gone(http, _whole(pieces, envelope)))
+        return JSONResponse(await unless_gone(http, _whole(pieces, envelope)))
     except ApiError as error:
-        return _error(error)
+        return error_response(error)
 
 
 async def _whole(pieces: AsyncGenerator[Piece], envelope: Envelope) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class EventStream(StreamingResponse):
             yield openai_api.error_events(error)
 
 
-async def _body(http: HttpRequest) -> bytes:
+async def body_of(http: HttpRequest) -> bytes:
     body = b""
     async for part in http.stream():
         body += part
@@ -121,7 +121,7 @@ async def _body(http: HttpRequest) -> bytes:
     return body
 
 
-async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
+async def unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
     """The result of the work, which is cancelled when the client hangs up first."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(http))
     try:
@@ -140,6 +140,6 @@ async def _hung_up(http: HttpRequest) -> None:
         pass
 
 
-def _error(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
     return JSONResponse(error.body, error.status, headers)
