@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import grpc
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json
 from ray import serve
@@ -156,16 +156,8 @@ class Router:
         self.model_of = {
             name: model.model_id for model in args.models for name in (model.model_id, *model.aliases)
         }
-        self.registry = CollectorRegistry()
-        label = ["model_name"]
-        self.retries = Counter(
-            "medusa_ray_router_retries", "Tries after the first.", label, registry=self.registry
-        )
-        self.broken = Counter(
-            "medusa_ray_router_broken_streams", "Streams ended by an error.", label, registry=self.registry
-        )
-        for model in self.models:
-            self.retries.labels(model), self.broken.labels(model)
+        self.num_retries = dict.fromkeys(self.models, 0)  # tries after the first
+        self.num_broken = dict.fromkeys(self.models, 0)  # streams that ended with an error
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(
@@ -194,7 +186,7 @@ class Router:
         reply = (
             Response(head.body, head.status)
             if head.is_whole
-            else Relay(head, rest, self.broken.labels(model))
+            else Relay(head, self._parts(model, head, rest), rest)
         )
         reply.raw_headers = head.headers
         return reply
@@ -236,9 +228,21 @@ class Router:
             except BaseException:
                 parts.cancel()
                 raise
-            self.retries.labels(model).inc()
+            self.num_retries[model] += 1
             await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
         raise AssertionError("the last try returns or raises")
+
+    async def _parts(
+        self, model: str, head: Head, rest: DeploymentResponseGenerator[Any]
+    ) -> AsyncIterator[bytes]:
+        yield head.body
+        try:
+            async for part in rest:
+                yield part
+        except BREAKS as error:
+            self.num_broken[model] += 1
+            message = f"The replica that wrote this was lost; ask again. {_first_line(error)}"
+            yield openai_api.error_events(ApiError(503, message, code="replica_lost")).encode()
 
     # ------------------------------------------------------------------------------------------- facts
 
@@ -280,10 +284,16 @@ class Router:
                         sample._replace(labels={**sample.labels, "replica": replica})
                         for sample in family.samples
                     ]
+        for name, counts in (("retries", self.num_retries), ("broken_streams", self.num_broken)):
+            family = CounterMetricFamily(
+                f"medusa_ray_router_{name}", "By this router.", labels=["model_name"]
+            )
+            for model, count in counts.items():
+                family.add_metric([model], count)
+            families[family.name] = family
         registry = CollectorRegistry()
         registry.register(_Families(families))  # type: ignore[arg-type]  # a collector is anything with `collect`
-        text = generate_latest(registry) + generate_latest(self.registry)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     async def _ask_all(self, http: HttpRequest) -> dict[str, list[tuple[str, Head]]]:
         """What every living replica answers to this request, by model. It wakes none of a model that is asleep."""
@@ -301,25 +311,17 @@ class Router:
 class Relay(StreamingResponse):
     """The stream of a replica. When the client hangs up, the replica hears of it at once."""
 
-    def __init__(self, head: Head, rest: DeploymentResponseGenerator[Any], broken: Counter) -> None:
-        self._head, self._rest, self._broken = head, rest, broken
-        super().__init__(self._parts(), head.status)
+    def __init__(
+        self, head: Head, parts: AsyncIterator[bytes], source: DeploymentResponseGenerator[Any]
+    ) -> None:
+        self._source = source
+        super().__init__(parts, head.status)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._rest.cancel()
-
-    async def _parts(self) -> AsyncIterator[bytes]:
-        yield self._head.body
-        try:
-            async for part in self._rest:
-                yield part
-        except BREAKS as error:
-            self._broken.inc()
-            message = f"The replica that wrote this was lost; ask again. {_first_line(error)}"
-            yield openai_api.error_events(ApiError(503, message, code="replica_lost")).encode()
+            self._source.cancel()
 
 
 class _Families:
