@@ -672,6 +672,9 @@ class DeploymentConfig(Strict):
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
     graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
+    max_surge_percent: int | None = Field(
+        None, ge=0, le=100, description="Replicas of a new version started before old ones end; they need room."
+    )
 
 
 def _shape_of(args: Any) -> str:

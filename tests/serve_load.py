@@ -4,6 +4,7 @@ import asyncio
 import collections
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -133,7 +134,9 @@ def replicas_of(deployment: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[0].endswith(f":{deployment}"):
+            # The method that it is in, if any, is behind the name.
+            title = re.compile(rf"ray::\S*ServeReplica:\w+:{deployment}(\.\w+)?")
+            if process.status() != psutil.STATUS_ZOMBIE and title.fullmatch(process.cmdline()[0]):
                 found.append(process)
         except (psutil.NoSuchProcess, IndexError):
             continue

@@ -219,11 +219,14 @@ def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error(chat: 
                 yield delta
                 raise RuntimeError("the engine has failed: bang")
 
-    events = events_of(
-        client_of(Dying(steps_of(chat, "a", "b")), chat).post(CHAT_URL, json={**CHAT, "stream": True})
-    )
-    assert events[0]["choices"][0]["delta"]["content"] == "a"
-    assert "bang" in events[-1]["error"]["message"]
+    response = client_of(Dying(steps_of(chat, "a", "b")), chat).post(CHAT_URL, json={**CHAT, "stream": True})
+    *events, rest = response.text.split("\n\n")
+    first, last = (json.loads(event.removeprefix("data: ")) for event in events)
+    assert first["choices"][0]["delta"]["content"] == "a"
+    assert first["choices"][0]["finish_reason"] is None
+    assert "bang" in last["error"]["message"]
+    assert "[DONE]" not in response.text
+    assert rest == ""
 
 
 def test_models_info_and_metrics_tell_what_is_served(chat: Chat) -> None:

@@ -7,13 +7,16 @@ takes half an hour on two quiet cores, and prints what it measured.
 
 import asyncio
 import collections
+import multiprocessing
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import ray
@@ -88,7 +91,7 @@ class Asker:
 
     def __init__(self, url: str) -> None:
         self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
-        self.num_answered, self.ends = 0, False
+        self.ends = False
         self.failures: list[str] = []
         self.texts: list[tuple[str, str]] = []
 
@@ -127,7 +130,12 @@ async def kill_on_and_on(deployment: str, num_kills: int, log: list[float]) -> N
         await until(lambda: states_of(deployment) != {"RUNNING": 2}, 60)
         await until(lambda: states_of(deployment) == {"RUNNING": 2}, 240)
         log.append(time.monotonic() - began_s)
-        print(f"healthy again after {log[-1]:.1f} s", flush=True)
+        newest = max(replicas_of(deployment), key=lambda replica: replica.create_time())
+        computed_s = sum(newest.cpu_times()[:2])
+        print(
+            f"healthy again after {log[-1]:.1f} s, of {computed_s:.1f} s of CPU for the new replica",
+            flush=True,
+        )
 
 
 @pytest.mark.parametrize("shape", ["resilient", "fast"])
@@ -155,12 +163,130 @@ def test_twenty_kills(ray_cluster: None, medusa: dict[str, Any], shape: str) -> 
         load, asker, healthy_after_s = asyncio.run(scenario(url))
     print(f"{shape}: {NUM_KILLS} kills; {load.counts()}")
     print(f"{shape}: openai client: {len(asker.texts)} answered, {len(asker.failures)} failed")
-    print(
-        f"{shape}: healthy again after {sorted(healthy_after_s)[NUM_KILLS // 2]:.1f} s, {max(healthy_after_s):.1f} at most"
-    )
+    median_s = sorted(healthy_after_s)[NUM_KILLS // 2]
+    print(f"{shape}: healthy again after {median_s:.1f} s, {max(healthy_after_s):.1f} at most")
     errors = collections.Counter(outcome.error for outcome in load.outcomes if not outcome.looks_whole)
     print(errors.most_common(6))
     assert not asker.failures
     if shape == "resilient":
         kinds = {"stream answered", "whole answered", "stream broken with an error event"}
         assert set(load.counts()) <= kinds
+
+
+@pytest.mark.parametrize("shape", ["resilient", "fast"])
+def test_a_new_version_under_load_fails_no_request(
+    ray_cluster: None, medusa: dict[str, Any], shape: str
+) -> None:
+    """Streams that run when their replica is told to go come to their end."""
+    num_tokens = 200
+
+    async def scenario(url: str, port: int) -> Load:
+        texts = await texts_of(url, "medusa", num_tokens)
+        async with load_on(url, "medusa", 8, num_tokens) as load:
+            await asyncio.sleep(2)
+            began_s = time.monotonic()
+            newer = file_of(shape, {**medusa, "max_queued_requests": 100}, port, num_replicas=2)
+            await asyncio.to_thread(serve.deploy, newer, 600)
+            print(f"{shape}: the new version took {time.monotonic() - began_s:.1f} s", flush=True)
+            while len(load.outcomes) < 300:
+                await asyncio.sleep(1)
+        check(load.outcomes, texts)
+        return load
+
+    port = serve.free_port()
+    with deployed(file_of(shape, medusa, port, num_replicas=2)) as url:
+        load = asyncio.run(scenario(url, port))
+        assert httpx.get(f"{url}/info", timeout=60).json()["max_queued_requests"] == 100
+    print(f"{shape}: a new version; {load.counts()}")
+    assert load.counts().keys() == {"stream answered", "whole answered"}
+
+
+@pytest.mark.parametrize(("shape", "by"), [("fast", "requests"), ("resilient", "tokens")])
+def test_replicas_come_and_go_with_the_load(
+    ray_cluster: None, medusa: dict[str, Any], shape: str, by: str
+) -> None:
+    """One, three under a step of load, one again, and no request fails."""
+    scaling: dict[str, Any] = {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 3,
+        "look_back_period_s": 2,
+        "metrics_interval_s": 0.5,
+    }
+    if by == "tokens":
+        policy = "medusa_ray.serve.scaling:ByWaitingTokens"
+        scaling["policy"] = {"policy_function": policy, "policy_kwargs": {"target_waiting_tokens": 400}}
+    deployment = "medusa" if shape == "resilient" else "Engine"
+
+    async def scenario(url: str) -> list[Load]:
+        texts = await texts_of(url, "medusa", 200)
+        await until(lambda: states_of(deployment) == {"RUNNING": 1}, 60)
+        async with load_on(url, "medusa", 10, 200) as step:
+            up_s = await until(lambda: states_of(deployment) == {"RUNNING": 3}, 240)
+            await asyncio.sleep(5)
+        async with load_on(url, "medusa", 1, 20) as trickle:
+            down_s = await until(lambda: states_of(deployment) == {"RUNNING": 1}, 120)
+        print(f"{shape} by {by}: 3 replicas after {up_s:.1f} s, 1 after {down_s:.1f} s more", flush=True)
+        check(step.outcomes, texts)
+        return [step, trickle]
+
+    with deployed(file_of(shape, medusa, serve.free_port(), autoscaling_config=scaling)) as url:
+        loads = asyncio.run(scenario(url))
+    for load in loads:
+        print(f"{shape} by {by}: {load.counts()}")
+        assert load.counts().keys() <= {"stream answered", "whole answered"}
+
+
+@pytest.mark.parametrize("shape", ["resilient", "fast"])
+def test_a_node_that_is_lost_is_as_a_replica_that_is(medusa: dict[str, Any], shape: str) -> None:
+    """A process of its own, since this one's Ray has one node."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        counts, failures = pool.submit(lose_node, shape, medusa).result()
+    assert not failures
+    if shape == "resilient":
+        assert counts.keys() <= {"stream answered", "whole answered", "stream broken with an error event"}
+
+
+def lose_node(shape: str, medusa: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Two nodes with a replica each; the one without a proxy is killed under load, and another one joins later."""
+    from ray.cluster_utils import Cluster
+
+    # Room for one replica on each.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1.5, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    deployment = "medusa" if shape == "resilient" else "Engine"
+
+    async def scenario(url: str) -> tuple[Load, Asker]:
+        texts = await texts_of(url, "medusa", NUM_TOKENS)
+        async with load_on(url, "medusa", 6, NUM_TOKENS) as load:
+            asker = Asker(url)
+            askers = [asyncio.create_task(asker.ask_on(seed)) for seed in range(4)]
+            await asyncio.sleep(3)
+            victim = next(iter(cluster.worker_nodes))
+            began_s = time.monotonic()
+            await asyncio.to_thread(cluster.remove_node, victim, allow_graceful=False)
+            await until(lambda: states_of(deployment).get("RUNNING") == 1, 120)
+            print(
+                f"{shape}: the loss of a node was noticed after {time.monotonic() - began_s:.1f} s",
+                flush=True,
+            )
+            await asyncio.to_thread(cluster.add_node, num_cpus=1)
+            await until(lambda: states_of(deployment) == {"RUNNING": 2}, 240)
+            print(f"{shape}: healthy again after {time.monotonic() - began_s:.1f} s", flush=True)
+            await asyncio.sleep(3)
+            asker.ends = True
+            await asyncio.gather(*askers)
+        check(load.outcomes, texts)
+        return load, asker
+
+    try:
+        url = serve.deploy(file_of(shape, medusa, serve.free_port(), num_replicas=2), timeout_s=600)["app"]
+        load, asker = asyncio.run(scenario(url))
+        print(f"{shape}: a node lost; {load.counts()}; openai: {len(asker.texts)} answered, {asker.failures}")
+        return load.counts(), asker.failures
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

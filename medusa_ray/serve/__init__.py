@@ -5,7 +5,7 @@ protocol can be tested without Ray. app.py makes it a Ray Serve application, rou
 its replicas, scaling.py says how many of them there should be, and cluster.py runs the applications of a file.
 """
 
-from medusa_ray.serve.app import build_app
+from medusa_ray.serve.app import Replica, build_app
 from medusa_ray.serve.cluster import (
     FALLBACK_PORT,
     deploy,
@@ -16,11 +16,13 @@ from medusa_ray.serve.cluster import (
     wait_for_route,
 )
 from medusa_ray.serve.http import build_api
-from medusa_ray.serve.router import build_resilient_app
+from medusa_ray.serve.router import RoutedReplica, build_resilient_app, router
 from medusa_ray.serve.server import Server
 
 __all__ = [
     "FALLBACK_PORT",
+    "Replica",
+    "RoutedReplica",
     "Server",
     "build_api",
     "build_app",
@@ -29,6 +31,7 @@ __all__ = [
     "direct_url",
     "environment",
     "free_port",
+    "router",
     "shutdown",
     "wait_for_route",
 ]

@@ -61,6 +61,8 @@ def bind(deployment: serve.Deployment, limit: int, options: dict[str, Any], *arg
         "max_queued_requests": limit,
         "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
         "graceful_shutdown_wait_loop_s": 0.2,
+        # For what still runs in a replica that is to go: Ray's 20 s would cut long streams.
+        "graceful_shutdown_timeout_s": 120,
         # A replica that dies is replaced when its health is looked at next; Ray's 10 s are long for those who wait.
         "health_check_period_s": 2,
     }

@@ -33,6 +33,7 @@ from medusa_ray.config import ROUTER, EngineConfig, ResilientConfig
 from medusa_ray.openai_api import MAX_SEED, ApiError
 from medusa_ray.serve.app import Replica, bind, limit_of
 from medusa_ray.serve.http import body_of, build_api, error_response, unless_gone
+from medusa_ray.serve.server import Server
 
 MAX_TRIES = 6
 MAX_RETRYING_S = 60  # after that, a failed try is the last
@@ -120,8 +121,10 @@ class RoutedReplica(Replica):
     """A server behind a router."""
 
     def __init__(self, args: EngineConfig) -> None:
-        super().__init__(args)
-        self.api = build_api(self.server)
+        self.begin(Server.load(args))
+
+    def begin(self, server: Server) -> None:
+        self.server, self.api = server, build_api(server)
         self.replica = serve.get_replica_context().replica_tag
 
     async def respond(self, call: Call) -> AsyncGenerator[Head | bytes]:
