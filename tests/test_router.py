@@ -21,8 +21,8 @@ from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.openai_api import CompletionRequest, parse
 from medusa_ray.serve.cluster import application
-from medusa_ray.serve.http import build_api
-from medusa_ray.serve.router import Call, Head, answer, seeded
+from medusa_ray.serve.http import ROUTES, build_api
+from medusa_ray.serve.router import Forwarded, Head, answer, seeded
 from medusa_ray.serve.server import Server
 
 COMPLETION_URL = "/v1/completions"
@@ -38,9 +38,9 @@ def api_of(engine: ScriptedEngine, chat: Chat) -> Any:
     return build_api(Server(engine, chat, EngineConfig(model_id="medusa", base="base")))
 
 
-def call_of(**fields: Any) -> Call:
+def call_of(**fields: Any) -> Forwarded:
     headers = [(b"content-type", b"application/json")]
-    return Call("POST", COMPLETION_URL, b"", headers, json.dumps({**ASKED, **fields}).encode())
+    return Forwarded("POST", COMPLETION_URL, b"", headers, json.dumps({**ASKED, **fields}).encode())
 
 
 async def all_of(parts: AsyncGenerator[Head | bytes]) -> tuple[Head, list[bytes]]:
@@ -70,7 +70,7 @@ def named(text: str) -> list[Any]:
         data = event.removeprefix("data: ")
         value = json.loads(data) if data.startswith("{") else data
         if isinstance(value, dict):
-            value = {key: inner for key, inner in value.items() if key not in ("id", "created")}
+            value = {key: inner for key, inner in value.items() if key not in ("id", "created", "request_id")}
         found.append(value)
     return found
 
@@ -113,7 +113,7 @@ def test_an_application_that_breaks_off_is_no_whole_answer() -> None:
 def test_a_reply_that_may_be_drawn_twice_gets_a_seed(body: str) -> None:
     """So that a second try is the same draw."""
     raw = body.encode()
-    sent = seeded(COMPLETION_URL, from_json(raw), raw)
+    sent = seeded(ROUTES[COMPLETION_URL], from_json(raw), raw)
     asked = from_json(sent)
     assert 0 <= asked.pop("seed") < 2**63
     expected = from_json(raw)
@@ -125,12 +125,15 @@ def test_a_reply_that_may_be_drawn_twice_gets_a_seed(body: str) -> None:
 
 def test_a_seed_that_is_given_stays_and_other_routes_get_none() -> None:
     given = b'{"model":"m","prompt":"x","seed":0}'
-    assert seeded(COMPLETION_URL, from_json(given), given) == given
-    assert seeded("/tokenize", {"prompt": "x"}, b'{"prompt":"x"}') == b'{"prompt":"x"}'
+    assert seeded(ROUTES[COMPLETION_URL], from_json(given), given) == given
+    assert seeded(None, {"prompt": "x"}, b'{"prompt":"x"}') == b'{"prompt":"x"}'
     tgi = b'{"inputs":"x","parameters":{"do_sample":true}}'
-    assert from_json(seeded("/generate", from_json(tgi), tgi))["parameters"].keys() == {"do_sample", "seed"}
+    assert from_json(seeded(ROUTES["/generate"], from_json(tgi), tgi))["parameters"].keys() == {
+        "do_sample",
+        "seed",
+    }
     tgi = b'{"inputs":"x","parameters":{"seed":3}}'
-    assert seeded("/generate_stream", from_json(tgi), tgi) == tgi
+    assert from_json(seeded(ROUTES["/"], from_json(tgi), tgi)) == from_json(tgi)
 
 
 # ------------------------------------------------------------------------------------------- serve files

@@ -71,6 +71,9 @@ class Instant:
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
     num_waiting_tokens = 0
 
+    def check_room(self) -> None:
+        pass
+
     def check(self, request: Request) -> None:
         pass
 
@@ -104,7 +107,8 @@ class Replica(stage.Replica):
 
 class RoutedReplica(stage.RoutedReplica):
     def __init__(self) -> None:
-        self.begin(instant_server())
+        self.server = instant_server()
+        self.api = stage.build_api(self.server, tells_id=False)
 
 
 def measure_without_model(settings: str) -> dict[str, dict[str, float]]:

@@ -4,36 +4,45 @@ Ingress and engine are together (the *fast* shape), so that a token crosses no o
 has the other shape.
 """
 
+import logging
+import threading
+import time
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.metrics import Gauge
 
-from medusa_ray.config import EngineConfig
+from medusa_ray.config import ENGINE, REQUEST_TIMEOUT_S, EngineConfig
+from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
+from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.scaling import WAITING_TOKENS
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
 
-DEPLOYMENT = "Engine"  # the name that `deployments:` in a serve file overrides
+PUBLISH_EVERY_S = 5.0
+DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
 
 
 class Replica:
     """A server in a Ray Serve replica."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.server = Server.load(args)
+        self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        _log_to_stderr(calls.LOG)
+        threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.server)
+        return build_api(self.server, tells_id=False)  # Ray Serve puts the x-request-id on responses itself
 
-    def check_health(self) -> None:
-        self.server.check_health()
+    async def check_health(self) -> None:
+        await self.server.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {WAITING_TOKENS: self.server.engine.num_waiting_tokens}
 
 
-ingress = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
+ingress = serve.deployment(name=ENGINE)(serve.ingress()(Replica))
 
 
 def build_app(args: EngineConfig) -> serve.Application:
@@ -43,27 +52,49 @@ def build_app(args: EngineConfig) -> serve.Application:
 
 def fast(args: EngineConfig, options: dict[str, dict[str, Any]]) -> serve.Application:
     """The application, with options by deployment."""
-    return bind(ingress, limit_of(args), options.get(DEPLOYMENT, {}), args)
+    return bind(ingress, args.max_concurrent_requests, options.get(ENGINE, {}), args)
 
 
-def limit_of(args: EngineConfig) -> int:
-    """Requests that a replica may have, and as many may wait for one.
-
-    The engine itself refuses overload, in OpenAI's words; Ray Serve's own limits only stand behind that.
-    """
-    return 2 * (args.max_batch_size + args.max_queued_requests)
-
-
-def bind(deployment: serve.Deployment, limit: int, options: dict[str, Any], *args: Any) -> serve.Application:
+def bind(
+    deployment: serve.Deployment, max_concurrent_requests: int, options: dict[str, Any], *args: Any
+) -> serve.Application:
     """The deployment with these options, and ours for those that are not given."""
+    # The engine itself refuses overload, in OpenAI's words; Ray Serve's own limits only stand behind that.
+    limit = 2 * max_concurrent_requests
     defaults = {
         "max_ongoing_requests": limit,
         "max_queued_requests": limit,
         "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        "health_check_period_s": 3,  # the third in a row that fails ends a replica
+        "health_check_timeout_s": 30,  # a long prompt holds a step up, which is no illness
         "graceful_shutdown_wait_loop_s": 0.2,
-        # For what still runs in a replica that is to go: Ray's 20 s would cut long streams.
-        "graceful_shutdown_timeout_s": 120,
-        # A replica that dies is replaced when its health is looked at next; Ray's 10 s are long for those who wait.
-        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": REQUEST_TIMEOUT_S + DEREGISTRATION_S,
+        # What a first replica dies of, a wrong path say, would kill the second and third one too.
+        "max_constructor_retry_count": 1,
     }
     return deployment.options(**{**defaults, **options}).bind(*args)
+
+
+def _log_to_stderr(log: logging.Logger) -> None:
+    """Ray keeps it in a file of the worker, and tells who listens."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.StreamHandler())
+
+
+def _publish(metrics: Metrics) -> None:
+    """Body of a thread: hands the metrics to Ray every few seconds, so that Prometheus gets those of all replicas.
+
+    Behind Ray Serve's proxy, /metrics is that of whichever replica answers. All samples go as gauges, whose values Ray
+    takes as they are: a counter of Ray's own would need differences, and its histogram each value.
+    """
+    gauges: dict[str, Gauge] = {}
+    while True:
+        for sample in (sample for family in metrics.collect() for sample in family.samples):
+            labels = {
+                name: value for name, value in sample.labels.items() if name != "replica"
+            }  # Ray tells that
+            if sample.name not in gauges:
+                gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(labels))  # type: ignore[arg-type]  # Ray means any length
+            gauges[sample.name].set(sample.value, labels)
+        time.sleep(PUBLISH_EVERY_S)

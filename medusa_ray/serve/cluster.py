@@ -13,8 +13,8 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 
-from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, ServeConfig, UserError
-from medusa_ray.serve.app import DEPLOYMENT, fast
+from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, ServeConfig, Strict, UserError
+from medusa_ray.serve.app import fast
 from medusa_ray.serve.router import resilient
 
 log = logging.getLogger("medusa_ray")
@@ -39,26 +39,21 @@ def environment() -> dict[str, str]:
 
 def application(app: ApplicationConfig) -> serve.Application:
     """The application with the file's overrides of its deployments."""
-    args = app.args
-    names = [DEPLOYMENT]
-    if isinstance(args, ResilientConfig):
-        names = [ROUTER, *(model.model_id for model in args.models)]
-    # What a first replica dies of, a wrong path say, would kill the second and third one too.
-    options: dict[str, dict[str, Any]] = {name: {"max_constructor_retry_count": 1} for name in names}
+    options: dict[str, dict[str, Any]] = {}
     for override in app.deployments:
-        if override.name not in names:
-            raise UserError(
-                f"application {app.name} overrides a deployment named {override.name!r}, but it has only "
-                f"{', '.join(map(repr, names))}."
-            )
-        options[override.name] |= override.model_dump(exclude_none=True, exclude={"name"})
+        given = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        engine = app.engines.get(override.name)
+        if engine and (override.num_replicas == "auto" or override.autoscaling_config):
+            # Ray's own target, 2, would start a replica for a batch that is all but empty.
+            scaling = given.get("autoscaling_config") or {}
+            given["autoscaling_config"] = {"target_ongoing_requests": engine.max_batch_size, **scaling}
+        options[override.name] = given
     if app.runtime_env:
-        for given in options.values():
-            given["ray_actor_options"] = {
-                "runtime_env": app.runtime_env,
-                **given.get("ray_actor_options", {}),
-            }
-    return resilient(args, options) if isinstance(args, ResilientConfig) else fast(args, options)
+        environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
+        for name in (ROUTER, *app.engines):
+            given = options.setdefault(name, {})
+            given["ray_actor_options"] = environment | (given.get("ray_actor_options") or {})
+    return resilient(app.args, options) if isinstance(app.args, ResilientConfig) else fast(app.args, options)
 
 
 def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
@@ -71,11 +66,23 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     if not serve.status().proxies:
         _check_port_is_free(http.host, http.port)
     targets = [
-        serve.RunTarget(application(app), app.name, app.route_prefix, config.logging_config or None)
+        serve.RunTarget(
+            application(app),
+            app.name,
+            app.route_prefix,
+            _given(app.logging_config),
+            app.external_scaler_enabled,
+        )
         for app in config.applications
     ]
     try:
-        serve.start(config.proxy_location, http.model_dump())
+        serve.start(
+            config.proxy_location,
+            http.model_dump(),
+            logging_config=_given(config.logging_config),
+            tracing_config=_given(config.tracing_config),
+            controller_options=_given(config.controller_options),
+        )
     except (RayActorError, TimeoutError):
         # Ray Serve gives up on a proxy that a busy machine starts slowly, but its controller starts another.
         log.warning("serve waits for a proxy that did not start in time")
@@ -115,10 +122,18 @@ def direct_url(url: str) -> str:
     return parts._replace(netloc=f"{parts.hostname}:{targets[0]['port']}").geturl()
 
 
-def shutdown() -> None:
-    """Ends every application. Ray Serve's own processes end with Ray."""
+def shutdown(timeout_s: float = 20) -> None:
+    """Ends every application, replies under way after `timeout_s`. Ray Serve's own processes end with Ray."""
     for name in serve.status().applications:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
+    deadline_s = time.monotonic() + timeout_s
+    while serve.status().applications and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+
+
+def _given(options: Strict | None) -> dict[str, Any] | None:
+    """What the file says of these options; the rest is Ray Serve's."""
+    return options.model_dump(exclude_unset=True) if options else None
 
 
 def _not_running(config: ServeConfig) -> list[str]:

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
@@ -24,16 +24,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
 from medusa_ray import openai_api
 from medusa_ray.config import ROUTER, EngineConfig, ResilientConfig
-from medusa_ray.openai_api import MAX_SEED, ApiError
-from medusa_ray.serve.app import Replica, bind, limit_of
-from medusa_ray.serve.http import body_of, build_api, error_response, unless_gone
-from medusa_ray.serve.server import Server
+from medusa_ray.openai_api import ApiError
+from medusa_ray.serve.app import Replica, bind
+from medusa_ray.serve.calls import Totals
+from medusa_ray.serve.front import OPEN_TO_ALL, Front, error_response
+from medusa_ray.serve.http import ROUTES, body_of, build_api, unless_gone
+from medusa_ray.serve.http import Route as Protocol
+from medusa_ray.serve.server import read_api_keys
+from medusa_ray.tgi_api import GenerateRequest
 
 MAX_TRIES = 6
 MAX_RETRYING_S = 60  # after that, a failed try is the last
@@ -48,7 +53,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True)
-class Call:
+class Forwarded:
     """An HTTP request on its way to a replica."""
 
     method: str
@@ -84,7 +89,7 @@ class Head:
     is_whole: bool
 
 
-async def answer(api: ASGIApp, call: Call) -> AsyncGenerator[Head | bytes]:
+async def answer(api: ASGIApp, call: Forwarded) -> AsyncGenerator[Head | bytes]:
     """What an application of this process answers: a Head, and of a stream further bytes.
 
     Closing the generator is what hanging up is over a socket. Raises RuntimeError when the application breaks off.
@@ -121,13 +126,10 @@ class RoutedReplica(Replica):
     """A server behind a router."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.begin(Server.load(args))
+        super().__init__(args)
+        self.api = build_api(self.server, tells_id=False)
 
-    def begin(self, server: Server) -> None:
-        self.server, self.api = server, build_api(server)
-        self.replica = serve.get_replica_context().replica_tag
-
-    async def respond(self, call: Call) -> AsyncGenerator[Head | bytes]:
+    async def respond(self, call: Forwarded) -> AsyncGenerator[Head | bytes]:
         parts = answer(self.api, call)
         try:
             async for part in parts:
@@ -135,11 +137,11 @@ class RoutedReplica(Replica):
         finally:
             await parts.aclose()
 
-    async def tell(self, call: Call) -> tuple[str, Head]:
-        """This replica's name and its answer, which is no stream."""
+    async def tell(self, call: Forwarded) -> Head:
+        """An answer that is no stream."""
         async for head in self.respond(call):
             assert isinstance(head, Head)
-            return self.replica, head
+            return head
         raise AssertionError("an answer has a head")
 
     async def __del__(self) -> None:  # Ray Serve awaits it as a replica goes
@@ -159,42 +161,47 @@ class Router:
         self.model_of = {
             name: model.model_id for model in args.models for name in (model.model_id, *model.aliases)
         }
+        self.payload_limit = max(model.payload_limit for model in args.models)
+        keys = [read_api_keys(model.api_key_env) for model in args.models]
+        # Each engine asks for its own once more.
+        self.api_keys = list(itertools.chain(*keys)) if all(keys) else []
         self.num_retries = dict.fromkeys(self.models, 0)  # tries after the first
         self.num_broken = dict.fromkeys(self.models, 0)  # streams that ended with an error
 
     def __serve_build_asgi_app__(self) -> Starlette:
+        front = Middleware(Front, api_keys=self.api_keys, totals=Totals(), tells_id=False)
+        facts = {"/v1/models": self.list_models, "/info": self.info, "/metrics": self.metrics}
+        healths = dict.fromkeys(OPEN_TO_ALL, self.health)
+        methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
         return Starlette(
             routes=[
-                Route("/v1/models", self.list_models),
-                Route("/health", self.health),
-                Route("/info", self.info),
-                Route("/metrics", self.metrics),
-                Route(
-                    "/{path:path}", self.forward, methods=["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
-                ),
+                *(Route(path, told) for path, told in {**facts, **healths}.items()),
+                Route("/{path:path}", self.forward, methods=methods),
             ],
+            middleware=[front],
         )
 
     # ------------------------------------------------------------------------------------------- requests
 
     async def forward(self, http: HttpRequest) -> Response:
         """The answer of a replica of the model that the request names, or of the first model when it names none."""
+        path = _path_of(http)
+        route = ROUTES.get(path)
         try:
-            body = await body_of(http)
-            model, body = self._address(http, body)
-            call = Call(http.method, _path_of(http), http.scope["query_string"], http.scope["headers"], body)
+            model, body = self._address(route, await body_of(http, self.payload_limit))
+            call = Forwarded(http.method, path, http.scope["query_string"], http.scope["headers"], body)
             head, rest = await unless_gone(http, self._begin(model, call))
         except ApiError as error:
-            return error_response(error)
-        reply = (
-            Response(head.body, head.status)
-            if head.is_whole
-            else Relay(head, self._parts(model, head, rest), rest)
-        )
+            return error_response(error, http.scope["call"], route.error if route else openai_api.error_body)
+        if head.is_whole:
+            reply = Response(head.body, head.status)
+        else:
+            events = route.error_events if route else openai_api.error_events
+            reply = Relay(head.status, self._parts(model, head, rest, events), rest)
         reply.raw_headers = head.headers
         return reply
 
-    def _address(self, http: HttpRequest, body: bytes) -> tuple[str, bytes]:
+    def _address(self, route: Protocol | None, body: bytes) -> tuple[str, bytes]:
         """The model meant, and the body with a seed. Raises ApiError 404 for a model that is not here.
 
         What is wrong with a request otherwise, a replica says.
@@ -210,9 +217,9 @@ class Router:
             message = f"The model {name[:100]!r} does not exist here; served: {', '.join(self.model_of)}."
             raise ApiError(404, message, "model", "model_not_found")
         model = self.model_of[name] if isinstance(name, str) else self.models[0]
-        return model, seeded(_path_of(http), asked, body)
+        return model, seeded(route, asked, body)
 
-    async def _begin(self, model: str, call: Call) -> tuple[Head, DeploymentResponseGenerator[Any]]:
+    async def _begin(self, model: str, call: Forwarded) -> tuple[Head, DeploymentResponseGenerator[Any]]:
         """The beginning of an answer, from as many replicas as it takes. Raises ApiError 429 or 503."""
         began_s = monotonic()
         for attempt in itertools.count(1):
@@ -236,7 +243,11 @@ class Router:
         raise AssertionError("the last try returns or raises")
 
     async def _parts(
-        self, model: str, head: Head, rest: DeploymentResponseGenerator[Any]
+        self,
+        model: str,
+        head: Head,
+        rest: DeploymentResponseGenerator[Any],
+        error_events: Callable[[ApiError], str],
     ) -> AsyncIterator[bytes]:
         yield head.body
         try:
@@ -245,7 +256,7 @@ class Router:
         except BREAKS as error:
             self.num_broken[model] += 1
             message = f"The replica that wrote this was lost; ask again. {_first_line(error)}"
-            yield openai_api.error_events(ApiError(503, message, code="replica_lost")).encode()
+            yield error_events(ApiError(503, message, code="replica_lost")).encode()
 
     # ------------------------------------------------------------------------------------------- facts
 
@@ -255,58 +266,54 @@ class Router:
     async def health(self, http: HttpRequest) -> Response:
         """200 when each model has a healthy replica, or none since nobody asks for it: min_replicas is 0 there."""
         for model, heads in (await self._ask_all(http)).items():
-            if not any(head.status == 200 for _, head in heads):
-                if not heads and await asyncio.to_thread(_is_asleep, model):
-                    continue
-                message = f"no replica of {model} is healthy ({len(heads)} answered)."
-                return error_response(ApiError(503, message, code="engine_failed"))
+            if any(head.status == 200 for head in heads):
+                continue
+            if heads or not await asyncio.to_thread(_is_asleep, model):
+                message = f"No replica of {model} is healthy ({len(heads)} answered)."
+                return error_response(ApiError(503, message, code="engine_failed"), http.scope["call"])
         return JSONResponse({"status": "ok"})
 
     async def info(self, http: HttpRequest) -> Response:
         """What a replica of each model says of it, and on top what the first model says, as one server has it."""
         told: dict[str, Any] = {}
         for model, heads in (await self._ask_all(http)).items():
-            if refused := next((head for _, head in heads if head.status != 200), None):
-                return Response(refused.body, refused.status, media_type="application/json")
-            facts = json.loads(heads[0][1].body) if heads else {"model_id": model}
+            if refused := _refusal(heads):
+                return refused
+            facts = json.loads(heads[0].body) if heads else {"model_id": model}
             told[model] = {**facts, "num_replicas": len(heads)}
         return JSONResponse({**told[self.models[0]], "models": told})
 
     async def metrics(self, http: HttpRequest) -> Response:
-        """The metrics of all replicas, told apart by `replica`, and the router's own."""
+        """The metrics of all replicas, which have a label that tells them apart, and this router's own."""
         families: dict[str, Metric] = {}
         for heads in (await self._ask_all(http)).values():
-            for replica, head in heads:
-                if head.status != 200:
-                    return Response(head.body, head.status, media_type="application/json")
+            if refused := _refusal(heads):
+                return refused
+            for head in heads:
                 for family in text_string_to_metric_families(head.body.decode()):
-                    merged = families.setdefault(
+                    families.setdefault(
                         family.name, Metric(family.name, family.documentation, family.type)
-                    )
-                    merged.samples += [
-                        sample._replace(labels={**sample.labels, "replica": replica})
-                        for sample in family.samples
-                    ]
+                    ).samples += family.samples
         for name, counts in (("retries", self.num_retries), ("broken_streams", self.num_broken)):
-            family = CounterMetricFamily(
+            counter = CounterMetricFamily(
                 f"medusa_ray_router_{name}", "By this router.", labels=["model_name"]
             )
             for model, count in counts.items():
-                family.add_metric([model], count)
-            families[family.name] = family
+                counter.add_metric([model], count)
+            families[counter.name] = counter
         registry = CollectorRegistry()
         registry.register(_Families(families))  # type: ignore[arg-type]  # a collector is anything with `collect`
         return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    async def _ask_all(self, http: HttpRequest) -> dict[str, list[tuple[str, Head]]]:
+    async def _ask_all(self, http: HttpRequest) -> dict[str, list[Head]]:
         """What every living replica answers to this request, by model. It wakes none of a model that is asleep."""
-        call = Call("GET", _path_of(http), b"", http.scope["headers"])
+        call = Forwarded("GET", _path_of(http), b"", http.scope["headers"])
 
-        async def ask(engine: DeploymentHandle[Any]) -> list[tuple[str, Head]]:
+        async def ask(engine: DeploymentHandle[Any]) -> list[Head]:
             told = await engine.broadcast("tell", call).results_async(
                 timeout_s=MAX_ASKING_S, return_exceptions=True
             )
-            return [one for one in told if not isinstance(one, Exception)]
+            return [one for one in told if isinstance(one, Head)]
 
         return dict(zip(self.models, await asyncio.gather(*map(ask, self.engines.values())), strict=True))
 
@@ -315,10 +322,10 @@ class Relay(StreamingResponse):
     """The stream of a replica. When the client hangs up, the replica hears of it at once."""
 
     def __init__(
-        self, head: Head, parts: AsyncIterator[bytes], source: DeploymentResponseGenerator[Any]
+        self, status: int, parts: AsyncIterator[bytes], source: DeploymentResponseGenerator[Any]
     ) -> None:
         self._source = source
-        super().__init__(parts, head.status)
+        super().__init__(parts, status)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -335,23 +342,36 @@ class _Families:
         return iter(self._families.values())
 
 
-def seeded(path: str, asked: dict[str, Any], body: bytes) -> bytes:
+def seeded(route: Protocol | None, asked: dict[str, Any], body: bytes) -> bytes:
     """The body with a seed, if a reply may be drawn and nobody gave one: so a second try draws the same reply.
 
     Were it another draw, long replies, which are hit more often, would come out more seldom than they should.
     """
-    if path.endswith("/completions") and asked.get("seed") is None:
-        more: dict[str, Any] = {"seed": random.randrange(MAX_SEED)}
-    elif path.startswith("/generate"):  # TGI's
-        parameters = asked.get("parameters") or {}
-        if not isinstance(parameters, dict) or parameters.get("seed") is not None:
+    if route is None:
+        return body
+    drawn: dict[str, Any] = {"seed": random.randrange(2**32)}
+    if route.kind is GenerateRequest:  # TGI has a level more
+        parameters = asked.get("parameters")
+        if not isinstance(parameters, dict | None):
             return body
-        more = {"parameters": {**parameters, "seed": random.randrange(2**32)}}
-    else:
+        drawn = {"parameters": {**drawn, **{k: v for k, v in (parameters or {}).items() if v is not None}}}
+    elif asked.get("seed") is not None:
         return body
     # Of a key that stands there twice the last one counts, here as where the body is read.
     end, comma = body.rindex(b"}"), b"," if asked else b""
-    return body[:end] + comma + json.dumps(more).encode()[1:-1] + body[end:]
+    return body[:end] + comma + json.dumps(drawn).encode()[1:-1] + body[end:]
+
+
+def _refusal(heads: list[Head]) -> Response | None:
+    """What a replica says that tells nothing, to who has no key for instance."""
+    return next(
+        (
+            Response(head.body, head.status, media_type="application/json")
+            for head in heads
+            if head.status != 200
+        ),
+        None,
+    )
 
 
 def _path_of(http: HttpRequest) -> str:
@@ -383,12 +403,12 @@ def resilient(args: ResilientConfig, options: dict[str, dict[str, Any]]) -> serv
     engines = {
         model.model_id: bind(
             serve.deployment(name=model.model_id)(RoutedReplica),
-            limit_of(model),
+            model.max_concurrent_requests,
             options.get(model.model_id, {}),
             model,
         )
         for model in args.models
     }
     # Of requests to all replicas of all engines, which refuse what is too much for them.
-    limit = MAX_REPLICAS * sum(map(limit_of, args.models))
+    limit = MAX_REPLICAS * sum(model.max_concurrent_requests for model in args.models)
     return bind(router, limit, options.get(ROUTER, {}), args, engines)
