@@ -159,8 +159,8 @@ def test_a_file_that_mixes_the_shapes_or_the_names_is_refused() -> None:
         file_of([{**one, "modl_id": "x"}])
     with pytest.raises(UserError, match=r"applications\.0\.args\.bse is not a key; did you mean .*base"):
         file_of([], import_path="medusa_ray.serve:build_app", args={**one, "bse": 1})
-    with pytest.raises(UserError, match=r"'Engine'.*'Router', 'a'"):
-        application(file_of([one], [{"name": "Engine"}]).applications[0])
+    with pytest.raises(UserError, match=r"'Engine'; it has Router and a"):
+        file_of([one], [{"name": "Engine"}])
     application(file_of([one], [{"name": "Router", "num_replicas": 2}, {"name": "a"}]).applications[0])
 
 
