@@ -13,16 +13,19 @@ import ray.serve
 from fakes import ScriptedEngine
 from fastapi.testclient import TestClient
 from pydantic_core import from_json
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from serve_load import PROMPTS, ask, body_of, load_on, replicas_of, texts_of, until
 
 from medusa_ray import config, serve
 from medusa_ray.chat import Chat
-from medusa_ray.config import EngineConfig, ServeConfig, UserError
+from medusa_ray.config import EngineConfig, ResilientConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
-from medusa_ray.openai_api import CompletionRequest, parse
+from medusa_ray.openai_api import ApiError, CompletionRequest, parse
+from medusa_ray.serve import router as module
 from medusa_ray.serve.cluster import application
 from medusa_ray.serve.http import ROUTES, build_api
-from medusa_ray.serve.router import Forwarded, Head, answer, seeded
+from medusa_ray.serve.router import MAX_TRIES, Forwarded, Head, Router, answer, seeded
 from medusa_ray.serve.server import Server
 
 COMPLETION_URL = "/v1/completions"
@@ -134,6 +137,115 @@ def test_a_seed_that_is_given_stays_and_other_routes_get_none() -> None:
     }
     tgi = b'{"inputs":"x","parameters":{"seed":3}}'
     assert from_json(seeded(ROUTES["/"], from_json(tgi), tgi)) == from_json(tgi)
+
+
+class Tries:
+    """A handle of an engine whose tries go as told: an exception is raised in its turn, anything else comes."""
+
+    def __init__(self, *tries: list[Any]) -> None:
+        self.tries, self.num_cancelled = list(tries), 0
+
+    def options(self, **_: Any) -> "Tries":
+        return self
+
+    def remote(self, call: Forwarded) -> "Tries":
+        self.parts = iter(self.tries.pop(0))
+        return self
+
+    def __aiter__(self) -> "Tries":
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.sleep(0)
+        for part in self.parts:
+            if isinstance(part, Exception):
+                raise part
+            if part is None:
+                await asyncio.sleep(60)
+            return part
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self.num_cancelled += 1
+
+
+WHOLE, BEGUN = Head(200, [], b"{}", True), Head(200, [], b"data: 1\n\n", False)
+FAILED = Head(503, [], b"{}", True)
+DIED, FULL = ActorDiedError(), BackPressureError(5, 4)
+
+
+def router_of(tries: Tries, monkeypatch: pytest.MonkeyPatch) -> Router:
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.001)
+    models = ResilientConfig(models=[EngineConfig(model_id="medusa", base="base")])
+    return Router(models, {"medusa": tries})
+
+
+@pytest.mark.parametrize(
+    "failure", [DIED, ActorUnavailableError("gone", None), FAILED, RayTaskError("f", "", None)]
+)
+def test_what_has_not_begun_is_tried_again(monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
+    """A replica that died, one out of reach, and one whose engine has failed but that nobody has replaced yet."""
+    router = router_of(Tries([failure], [failure], [WHOLE]), monkeypatch)
+    head, _ = asyncio.run(router._begin("medusa", call_of()))
+    assert (head, router.num_retries) == (WHOLE, {"medusa": 2})
+
+
+def test_tries_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = router_of(Tries(*[[DIED]] * MAX_TRIES), monkeypatch)
+    with pytest.raises(ApiError, match=f"No replica of medusa answered in {MAX_TRIES} tries"):
+        asyncio.run(router._begin("medusa", call_of()))
+    router = router_of(Tries(*[[FAILED]] * MAX_TRIES), monkeypatch)
+    assert asyncio.run(router._begin("medusa", call_of()))[0] == FAILED
+    monkeypatch.setattr(module, "MAX_RETRYING_S", -1)
+    with pytest.raises(ApiError, match="in 1 tries"):
+        asyncio.run(router_of(Tries([DIED]), monkeypatch)._begin("medusa", call_of()))
+
+
+def test_full_replicas_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ApiError, match="All replicas of medusa are full") as told:
+        asyncio.run(router_of(Tries([FULL]), monkeypatch)._begin("medusa", call_of()))
+    assert told.value.status == 429
+    refused = Head(429, [(b"retry-after", b"1")], b"{}", True)
+    assert asyncio.run(router_of(Tries([refused]), monkeypatch)._begin("medusa", call_of()))[0] == refused
+
+
+@pytest.mark.parametrize("path", [COMPLETION_URL, "/generate_stream"])
+def test_a_stream_that_breaks_ends_with_an_error_and_looks_whole_to_nobody(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    router = router_of(Tries([BEGUN, b"data: 2\n\n", DIED]), monkeypatch)
+    response = TestClient(router.__serve_build_asgi_app__()).post(
+        path, json={"model": "medusa", "inputs": "x"}
+    )
+    *events, rest = response.text.split("\n\n")
+    assert events[:2] == ["data: 1", "data: 2"]
+    error = json.loads(events[2].removeprefix("data: "))["error"]
+    assert "was lost; ask again" in (error if path == "/generate_stream" else error["message"])
+    assert (len(events), rest, "[DONE]" in response.text) == (3, "", False)
+    assert router.num_broken == {"medusa": 1}
+
+
+def test_a_client_that_does_not_wait_takes_its_call_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> int:
+        tries = Tries([None])
+        waiting = asyncio.ensure_future(router_of(tries, monkeypatch)._begin("medusa", call_of()))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return tries.num_cancelled
+
+    assert asyncio.run(scenario()) == 1
+
+
+def test_the_router_asks_for_a_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own routes are in front of those that the engines guard."""
+    monkeypatch.setenv("KEYS_OF_ROUTER", "one, two")
+    args = ResilientConfig(
+        models=[EngineConfig(model_id="medusa", base="base", api_key_env="KEYS_OF_ROUTER")]
+    )
+    client = TestClient(Router(args, {"medusa": Tries()}).__serve_build_asgi_app__())
+    assert client.get("/v1/models").status_code == 401
+    assert client.get("/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
 
 
 # ------------------------------------------------------------------------------------------- serve files

@@ -121,7 +121,8 @@ def measure_without_model(settings: str) -> dict[str, dict[str, float]]:
     port = stage.free_port()
     serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
     engine = serve.deployment(name="instant")(RoutedReplica).bind()
-    resilient = stage.router.bind(ResilientConfig(models=[ARGS]), {"instant": engine})
+    router = serve.deployment(name="Router")(serve.ingress()(stage.Router))
+    resilient = router.bind(ResilientConfig(models=[ARGS]), {"instant": engine})
     serve.run(
         serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), name="fast", route_prefix="/fast"
     )

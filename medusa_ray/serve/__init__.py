@@ -16,13 +16,14 @@ from medusa_ray.serve.cluster import (
     wait_for_route,
 )
 from medusa_ray.serve.http import build_api
-from medusa_ray.serve.router import RoutedReplica, build_resilient_app, router
+from medusa_ray.serve.router import RoutedReplica, Router, build_resilient_app
 from medusa_ray.serve.server import Server
 
 __all__ = [
     "FALLBACK_PORT",
     "Replica",
     "RoutedReplica",
+    "Router",
     "Server",
     "build_api",
     "build_app",
@@ -31,7 +32,6 @@ __all__ = [
     "direct_url",
     "environment",
     "free_port",
-    "router",
     "shutdown",
     "wait_for_route",
 ]

@@ -149,7 +149,6 @@ class RoutedReplica(Replica):
             await asyncio.to_thread(self.server.close)
 
 
-@serve.ingress()
 class Router:
     """Requests -> the engines of their models."""
 
@@ -389,7 +388,7 @@ def _is_asleep(model: str) -> bool:
     return overview.status == "HEALTHY" and not overview.replica_states
 
 
-router = serve.deployment(name=ROUTER)(Router)
+ingress = serve.deployment(name=ROUTER)(serve.ingress()(Router))
 
 
 def build_resilient_app(args: ResilientConfig) -> serve.Application:
@@ -411,4 +410,4 @@ def resilient(args: ResilientConfig, options: dict[str, dict[str, Any]]) -> serv
     }
     # Of requests to all replicas of all engines, which refuse what is too much for them.
     limit = MAX_REPLICAS * sum(model.max_concurrent_requests for model in args.models)
-    return bind(router, limit, options.get(ROUTER, {}), args, engines)
+    return bind(ingress, limit, options.get(ROUTER, {}), args, engines)
