@@ -8,6 +8,7 @@ import asyncio
 import http.client
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ class Instant:
     """An engine, its chat and its detokenizer, none of which takes any time."""
 
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
-    num_waiting_tokens = 0
+    num_waiting_tokens, last_step_s = 0, math.inf  # always alive
 
     def check_room(self) -> None:
         pass
