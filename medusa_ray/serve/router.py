@@ -309,9 +309,11 @@ class Router:
         call = Forwarded("GET", _path_of(http), b"", http.scope["headers"])
 
         async def ask(engine: DeploymentHandle[Any]) -> list[Head]:
-            told = await engine.broadcast("tell", call).results_async(
-                timeout_s=MAX_ASKING_S, return_exceptions=True
-            )
+            answers = engine.broadcast("tell", call)
+            try:
+                told = await answers.results_async(timeout_s=MAX_ASKING_S, return_exceptions=True)
+            except TimeoutError:
+                return []
             return [one for one in told if isinstance(one, Head)]
 
         return dict(zip(self.models, await asyncio.gather(*map(ask, self.engines.values())), strict=True))
