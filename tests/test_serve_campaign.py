@@ -185,7 +185,7 @@ def test_a_new_version_under_load_fails_no_request(
         async with load_on(url, "medusa", 8, num_tokens) as load:
             await asyncio.sleep(2)
             began_s = time.monotonic()
-            newer = file_of(shape, {**medusa, "max_queued_requests": 100}, port, num_replicas=2)
+            newer = file_of(shape, {**medusa, "max_concurrent_requests": 100}, port, num_replicas=2)
             await asyncio.to_thread(serve.deploy, newer, 600)
             print(f"{shape}: the new version took {time.monotonic() - began_s:.1f} s", flush=True)
             while len(load.outcomes) < 300:
@@ -196,7 +196,7 @@ def test_a_new_version_under_load_fails_no_request(
     port = serve.free_port()
     with deployed(file_of(shape, medusa, port, num_replicas=2)) as url:
         load = asyncio.run(scenario(url, port))
-        assert httpx.get(f"{url}/info", timeout=60).json()["max_queued_requests"] == 100
+        assert httpx.get(f"{url}/info", timeout=60).json()["max_concurrent_requests"] == 100
     print(f"{shape}: a new version; {load.counts()}")
     assert load.counts().keys() == {"stream answered", "whole answered"}
 

@@ -385,9 +385,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_asleep(model: str) -> bool:
-    """Healthy with no replica at all, as Ray Serve sees it."""
+    """No replica, none starting, and nothing the matter."""
     overview = serve.status().applications[serve.get_replica_context().app_name].deployments[model]
-    return overview.status == "HEALTHY" and not overview.replica_states
+    is_well = overview.status not in ("UNHEALTHY", "DEPLOY_FAILED")
+    return is_well and all(state == "STOPPING" for state in overview.replica_states)
 
 
 ingress = serve.deployment(name=ROUTER)(serve.ingress()(Router))
