@@ -618,6 +618,9 @@ class TrafficLogConfig(Strict):
         return self
 
 
+TreeChoice = Literal["auto", "chain", "file"] | list[list[int]]
+
+
 class EngineConfig(Strict):
     """`args` of an application: one engine and the protocol in front of it."""
 
@@ -625,7 +628,7 @@ class EngineConfig(Strict):
     aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
     base: str = Field(description="Folder or hub name of the base model.")
     heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
-    tree: Literal["auto", "chain", "file"] | list[list[int]] = Field(
+    tree: TreeChoice = Field(
         "auto",
         description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
         "the load; or rank paths.",
@@ -640,6 +643,12 @@ class EngineConfig(Strict):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the base, a part of every layer in each: TGI's NUM_SHARD. With more than one "
+        "it runs eagerly. A replica needs a CPU for each, and with device cuda a GPU.",
+    )
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
     max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
     max_input_tokens: int | None = Field(
@@ -649,6 +658,7 @@ class EngineConfig(Strict):
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
     max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    max_client_batch_size: int = Field(4, gt=0, description="Prompts of one request to /v1/completions.")
     payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
     api_key_env: str | None = Field(
         None,
@@ -680,6 +690,13 @@ class EngineConfig(Strict):
                 f"is {self.max_total_tokens}. Set it to at most {self.max_total_tokens - 1}."
             )
         return self
+
+
+class GuesserConfig(Strict):
+    """`user_config` of an engine: what it guesses with, while it runs. A key that is left out is as in `args`."""
+
+    heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
+    tree: TreeChoice = Field("auto", description="As `args.tree`.")
 
 
 # Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys
@@ -852,10 +869,12 @@ class DeploymentConfig(Strict):
     num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = Field(None, gt=0)
-    max_queued_requests: int | None = Field(None, ge=-1)
+    max_queued_requests: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
-    user_config: dict[str, Any] | None = None
+    user_config: GuesserConfig | None = Field(
+        None, description="Changed alone, it reaches the replicas that run; without it they go by args."
+    )
     health_check_period_s: float | None = Field(None, gt=0)
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
@@ -941,6 +960,19 @@ class ApplicationConfig(Strict):
                 )
             if names.count(name) > 1:
                 raise ValueError(f"application {self.name} overrides the deployment {name} twice; write it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_places(self) -> "ApplicationConfig":
+        for deployment in self.deployments:
+            bundles, args = deployment.placement_group_bundles, self.engines.get(deployment.name)
+            num_shards = args.tensor_parallel if args else 1
+            if bundles is None or num_shards == 1 or len(bundles) == num_shards:
+                continue
+            raise ValueError(
+                f"application {self.name} has tensor_parallel {num_shards}, but {len(bundles)} "
+                "placement_group_bundles; give one for each shard, the replica's own first, or leave them out."
+            )
         return self
 
     @model_validator(mode="after")
@@ -1194,18 +1226,25 @@ def parse_any(raw: dict[str, Any], where: str) -> Strict:
     """The config that these values mean to be: of a run, of a server or of traffic, or the part of a KubeRay file that
     is ours, `serveConfigV2` of a RayService or `runtimeEnvYAML` of a RayJob."""
     if not str(raw.get("apiVersion", "")).startswith("ray.io/"):
-        return parse(kind_of(raw), raw, where)
+        kind = kind_of(raw)
+        if not any(_close(str(key), kind.model_fields) for key in raw):
+            keys = ", ".join(map(str, raw)) or "none"
+            raise UserError(
+                f"{where} has the keys {keys}; a run has `model` and `data`, a serve file `applications`, and traffic "
+                "`targets` and `prompts`."
+            )
+        return parse(kind, raw, where)
     ours: dict[str, tuple[str, type[Strict]]] = {
         "RayService": ("serveConfigV2", ServeConfig),
         "RayJob": ("runtimeEnvYAML", RuntimeEnv),
     }
     if raw.get("kind") not in ours:
         raise UserError(f"{where}: kind is {raw.get('kind')!r}; expected {' or '.join(ours)}.")
-    key, kind = ours[raw["kind"]]
+    key, kind_of_text = ours[raw["kind"]]
     text = (raw.get("spec") or {}).get(key)
     if not isinstance(text, str):
         raise UserError(f"{where}: spec.{key} is {text!r}; expected the text of a YAML file, after `{key}: |`.")
-    return parse(kind, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
+    return parse(kind_of_text, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
 
 
 def notes(config: ServeConfig) -> list[str]:
@@ -1213,6 +1252,11 @@ def notes(config: ServeConfig) -> list[str]:
     http, found = config.http_options, []
     if "host" not in http.model_fields_set:
         found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
+    if "request_timeout_s" not in http.model_fields_set:
+        found.append(
+            f"http_options.request_timeout_s is not set: `medusa-ray serve` takes {REQUEST_TIMEOUT_S:g} s, `serve "
+            "deploy` has no limit"
+        )
     open_apps = [
         app.name
         for app in config.applications
@@ -1244,7 +1288,8 @@ def _notes_on(
             "GPUs that nobody asked for"
         )
     scaling = options.autoscaling_config if options else None
-    if scaling and not scaling.target_ongoing_requests and not scaling.policy:
+    scales = scaling is not None or (options is not None and options.num_replicas == "auto")
+    if scales and not (scaling and (scaling.target_ongoing_requests or scaling.policy)):
         found.append(
             f"application {app} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
             f"args.max_batch_size ({args.max_batch_size}), `serve deploy` Ray's 2"

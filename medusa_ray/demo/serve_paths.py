@@ -71,8 +71,9 @@ class Instant:
 
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
     num_waiting_tokens, last_step_s = 0, math.inf  # always alive
+    tokenizer, vocab_size, eos_ids = None, 1, frozenset[int]()
 
-    def check_room(self) -> None:
+    def check_room(self, num: int) -> None:
         pass
 
     def check(self, request: Request) -> None:
@@ -101,15 +102,18 @@ def instant_server() -> stage.Server:
     return stage.Server(instant, instant, ARGS)
 
 
-class Replica(stage.Replica):
-    def __init__(self) -> None:
-        self.server = instant_server()
+class Replica:
+    def __serve_build_asgi_app__(self) -> Any:
+        return stage.build_api(instant_server())
 
 
 class RoutedReplica(stage.RoutedReplica):
     def __init__(self) -> None:
         self.server = instant_server()
         self.api = stage.build_api(self.server, tells_id=False)
+
+    async def reconfigure(self, user_config: Any, rank: Any) -> None:
+        pass
 
 
 def measure_without_model(settings: str) -> dict[str, dict[str, float]]:

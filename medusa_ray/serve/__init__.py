@@ -5,7 +5,7 @@ protocol can be tested without Ray. app.py makes it a Ray Serve application, rou
 its replicas, scaling.py says how many of them there should be, and cluster.py runs the applications of a file.
 """
 
-from medusa_ray.serve.app import Replica, build_app
+from medusa_ray.serve.app import build_app
 from medusa_ray.serve.cluster import (
     FALLBACK_PORT,
     deploy,
@@ -21,7 +21,6 @@ from medusa_ray.serve.server import Server
 
 __all__ = [
     "FALLBACK_PORT",
-    "Replica",
     "RoutedReplica",
     "Router",
     "Server",

@@ -42,6 +42,8 @@ def application(app: ApplicationConfig) -> serve.Application:
     options: dict[str, dict[str, Any]] = {}
     for override in app.deployments:
         given = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.user_config:  # whose null is a value
+            given["user_config"] = override.user_config.model_dump(exclude_unset=True)
         engine = app.engines.get(override.name)
         if engine and (override.num_replicas == "auto" or override.autoscaling_config):
             # Ray's own target, 2, would start a replica for a batch that is all but empty.

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message
 from medusa_ray import openai_api
 from medusa_ray.config import ROUTER, EngineConfig, ResilientConfig
 from medusa_ray.openai_api import ApiError
-from medusa_ray.serve.app import Replica, bind
+from medusa_ray.serve.app import Replica, bind, resources_of
 from medusa_ray.serve.calls import Totals
 from medusa_ray.serve.front import OPEN_TO_ALL, Front, error_response
 from medusa_ray.serve.http import ROUTES, body_of, build_api, unless_gone
@@ -406,7 +406,7 @@ def resilient(args: ResilientConfig, options: dict[str, dict[str, Any]]) -> serv
         model.model_id: bind(
             serve.deployment(name=model.model_id)(RoutedReplica),
             model.max_concurrent_requests,
-            options.get(model.model_id, {}),
+            {**resources_of(model), **options.get(model.model_id, {})},
             model,
         )
         for model in args.models
