@@ -63,13 +63,14 @@ FLOORS = {
 }
 # The floor where each library first appears.
 LIBRARIES = {
-    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
+    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "pydantic_core", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",
         "fastapi",
+        "grpc",
         "huggingface_hub",
         "prometheus_client",
         "psutil",

@@ -21,7 +21,8 @@ from medusa_ray import config, serve
 from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.serve import Server, build_api
-from medusa_ray.serve.app import Replica, application
+from medusa_ray.serve.app import Replica
+from medusa_ray.serve.cluster import application
 
 COMPLETION_URL = "/v1/completions"
 ENGINE: dict[str, Any] = {"model_id": "m", "dtype": "float32", "device": "cpu", "compile": "no", "threads": 1}

@@ -814,6 +814,17 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self.scheduler.joining)
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the open requests may still need: of their prompts what is not in the cache, and of their replies
+        as many as they may get."""
+        # A list of a deque is made at once, whatever another thread does to the deque.
+        scheduler = self.scheduler
+        return sum(
+            sequence.num_left + sequence.request.max_new_tokens - len(sequence.token_ids)
+            for sequence in (*list(scheduler.waiting), *scheduler.joining, *scheduler.running)
+        )
+
 
 def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int | None) -> None:
     for name, count, least in (

@@ -80,7 +80,7 @@ class Server:
         self.engine, self.chat, self.args, self.traffic = engine, chat, args, traffic
         self.names = [args.model_id, *args.aliases]
         self.grammars = Grammars(chat.tokenizer, engine.vocab_size, engine.eos_ids)
-        self.api_keys = _api_keys(args.api_key_env)
+        self.api_keys = read_api_keys(args.api_key_env)
         self.replica = replica
         self.totals = Totals()
         self._probe: asyncio.Task[None] | None = None
@@ -93,7 +93,7 @@ class Server:
 
         shards: as Engine takes them. Raises ValueError or OSError for what cannot be served.
         """
-        _api_keys(args.api_key_env)
+        read_api_keys(args.api_key_env)
         # First, since a hook that cannot be imported is found in no time, and a base takes minutes to load.
         traffic = TrafficLog(args.traffic_log) if args.traffic_log else None
         if args.threads:
@@ -415,7 +415,7 @@ def _as_engine_takes(tree: TreeChoice) -> list[list[int]] | str | None:
     return None if tree == "file" else tree
 
 
-def _api_keys(variable: str | None) -> list[bytes]:
+def read_api_keys(variable: str | None) -> list[bytes]:
     """Of the environment variable of this name. Raises ValueError when it holds none."""
     if variable is None:
         return []
