@@ -8,7 +8,6 @@ import asyncio
 import json
 import re
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,8 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from medusa_ray.chat import with_secret_names
 
 MAX_CHARACTERS = 65536  # of a schema as JSON
 MAX_REGEX_CHARACTERS = 4096
@@ -191,7 +192,9 @@ class Grammars:
                         "this base has no end-of-sequence token, by which its replies could end"
                     )
                 try:
-                    text = _without_special_texts(self._tokenizer.backend_tokenizer.to_str())
+                    # Where a grammar leaves one text only, llguidance has it tokenized, and would find in the text
+                    # "<|end|>" the token that ends the reply.
+                    text, _ = with_secret_names(self._tokenizer)
                     self._vocabulary = LLTokenizer(text, self.vocab_size, self._end_ids)
                 except Exception as error:  # whatever llguidance says of a tokenizer that is not of bytes
                     raise GrammarError(
@@ -236,25 +239,6 @@ class Matcher:
         allowed_V = _allowed(self._matcher, len(self._compiled.start_V))
         _raise_failure(self._matcher)
         return allowed_V
-
-
-def _without_special_texts(tokenizer: str) -> str:
-    """A tokenizer's JSON with names for its special tokens that no text has.
-
-    Where a grammar leaves one text only, llguidance has it tokenized, and would find the token in `<|end|>`.
-    """
-    spec = json.loads(tokenizer)
-    names = {
-        token["content"]: f"<|{uuid.uuid4().hex}|>" for token in spec["added_tokens"] if token["special"]
-    }
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocab = spec["model"]["vocab"]
-    if isinstance(vocab, dict):
-        spec["model"]["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
-    else:  # unigram: pairs of a text and its score
-        spec["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
-    return json.dumps({**spec, "post_processor": None, "truncation": None, "padding": None})
 
 
 def _num_same(one: list[int], other: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Replies held to a grammar: valid, the same with guesses or without, and no grammar, however hostile, ends the engine."""
+"""Replies held to a grammar: valid, the same with any tree. No grammar, however hostile, ends the engine."""
 
 import asyncio
 import json
@@ -137,6 +137,7 @@ def requests_for(grammars: Grammars, chat: Chat, temperature: float) -> list[Req
     return requests
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replies_are_valid_json_and_the_baselines_with_any_tree(
     backbone: Backbone, chat: Chat, grammars: Grammars, temperature: float
