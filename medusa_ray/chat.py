@@ -157,6 +157,11 @@ class Chat:
         """Text of a reply, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that texts of replies leave out."""
+        return frozenset(self.tokenizer.all_special_ids)
+
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self.tokenizer)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of report.json
 
 TOKENS = pa.list_(pa.int32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -74,23 +74,47 @@ HIDDEN = pa.schema(
 # evaluation/replies.parquet: the base's greedy reply to every held-out prompt of split test.
 REPLIES = pa.schema([("id", pa.string()), ("reply", pa.string()), ("reference", pa.string())])
 
+# evaluation/sweep.parquet: one row per tree, acceptance, temperature and split.
+SWEEP = pa.schema(
+    [
+        ("tree", pa.string()),  # as evaluate.sweep.trees names it
+        ("nodes", pa.int32()),  # guesses of a step
+        ("layout", pa.string()),  # of the heads
+        ("acceptance", pa.string()),  # exact, or typical with epsilon and alpha
+        ("temperature", pa.float64()),
+        ("split", pa.string()),
+        ("prompts", pa.int32()),
+        ("tokens_per_step", pa.float64()),
+        ("low", pa.float64()),  # its 95% interval, a bootstrap over prompts; null of fewer than five
+        ("high", pa.float64()),
+        ("steps", pa.int64()),
+        ("seconds", pa.float64()),  # of the engine; null where the figure follows from ranks
+    ]
+)
+
 # bench/requests.parquet: one row per request sent, warm-up left out, failures included.
 REQUESTS = pa.schema(
     [
         ("arm", pa.string()),  # target's name
-        ("load", pa.string()),  # synchronous | throughput | concurrency=N
+        ("load", pa.string()),  # synchronous | concurrency=N | throughput | poisson=R | constant=R
         ("round", pa.int32()),
         ("prompt", pa.int32()),  # index of the prompt in the traffic
+        ("category", pa.string()),  # what kind of prompt: its `source`; null where the prompts have none
         ("start_s", pa.float64()),  # seconds since the epoch
+        (
+            "wait_s",
+            pa.float64(),
+        ),  # when it was due to when it was sent; null unless the load is open, with a rate
         ("latency_s", pa.float64()),  # send to last byte
         ("ttft_s", pa.float64()),  # send to first content
+        ("last_s", pa.float64()),  # send to last content
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        ("events", pa.int32()),  # of the stream, with content; null where it was not streamed
         ("num_steps", pa.int32()),  # engine steps after prefill; null where a server does not tell
-        (
-            "accepted_histogram",
-            pa.list_(pa.int32()),
-        ),  # [j]: steps that accepted exactly j guesses; null likewise
+        ("draft_tokens", pa.int32()),  # guesses verified; null likewise
+        # [j]: steps that accepted exactly j guesses; null likewise
+        ("accepted_histogram", pa.list_(pa.int32())),
         ("text", pa.string()),
         ("error", pa.string()),  # null when good
     ]
@@ -116,12 +140,23 @@ REQUESTS = pa.schema(
 # evaluation/evaluation.json; near_ties are excused differences, engine is null when nothing was timed:
 #   {"prompts": n, "quality": {"exact_match": x}, "hardware": {}, "model": {"dtype": x, "num_parameters": n},
 #    "parity": {"prompts": n, "token_exact": n, "near_ties": n},
-#    "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager", "threads": n}}
+#    "engine": {ARM: {"tokens_per_s": x, "ms_per_step": x}, "speedup": r, "mode": "eager", "threads": n,
+#               "by_batch": {BATCH: {"baseline": tokens/s, "medusa": tokens/s, "acceleration": x, "step_cost_ratio": x,
+#                                    "predicted": acceleration / step_cost_ratio, "measured": x}}}}
+# evaluation/sweep.parquet and sweep.{png,svg}, only where evaluate.sweep asks: SWEEP
 # evaluation/quality.json, only where something can run the answers:
 #   {"execution_accuracy": x, ...}
-# bench/bench.json; serve_paths only where several paths were measured:
-#   {"hardware": {...}, "versions": {...}, "traffic": {...}, "arms": {ARM: {"info": {...}}},
+# bench/bench.json; client is the share of a CPU core that GuideLLM's busiest process took, a value a round; what a
+# target does not tell is null; serve_paths only where several paths were measured:
+#   {"hardware": {...}, "versions": {...}, "traffic": {...},
+#    "arms": {ARM: {"info": {...}, "guidellm": {LOAD: [{...}]}, "replicas": [n at the start, n at the end],
+#                   "autoscales": bool}},
+#    "client": {ARM: {LOAD: [x, ...]}}, "not_comparable": [LOAD, ...],
+#    "checks": {"double_bos": n, "overlap": {"checked": bool, "exact": n, "near": n, "of": n}},
+#    "ramp": {"arm": ARM, "steps": [[second, concurrency], ...], "replicas": [[second, running, wanted], ...],
+#             "latency": [[second, p50_s, p99_s], ...], "failed": n},
 #    "serve_paths": {PATH: {FIGURE: x}}}
+# report/report.json: see report/schema.py, and report/report.schema.json beside it.
 
 
 def first_position(num_prompt: int, loss_on: str) -> int:

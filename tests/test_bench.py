@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medusa_ray import bench, provenance, records
+from medusa_ray.bench import guidellm
+from medusa_ray.bench.prompts import read_prompts
 from medusa_ray.config import TrafficConfig, UserError
 
 TTFT_S, STEP_S, NUM_TOKENS = 0.04, 0.01, 12
@@ -38,6 +40,8 @@ class StandIn(BaseHTTPRequestHandler):
         self.reply(200 if known else 404, bodies[path] if known else {"error": {"message": "no such path"}})
 
     def do_POST(self) -> None:
+        if not self.path.endswith("/v1/chat/completions"):
+            return self.reply(404, {"error": {"message": "no such path"}})
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)  # type: ignore[attr-defined]  # the list that the fixture gave its server
         if body["model"] != "standin":
@@ -57,6 +61,7 @@ class StandIn(BaseHTTPRequestHandler):
             self.event({"choices": [{"index": 0, "delta": {"content": f"{prompt} {i} "}}]})
         usage = {"prompt_tokens": 7, "completion_tokens": NUM_TOKENS}
         told = {"acceptance_histogram": [0] * (per_step - 1) + [num_steps], "num_spec_steps": num_steps}
+        told["num_draft_tokens"] = 4 * num_steps
         self.event({"choices": [], "usage": usage, "metrics": {"speculative_decoding": told}})
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -160,7 +165,7 @@ def test_arms_take_turns_at_every_load(benched: TrafficConfig) -> None:
 
 
 def test_every_second_round_starts_with_the_other_arm(tmp_path: Path) -> None:
-    runs = list(bench.plan(traffic(tmp_path, 9, rounds=3, loads=["synchronous", "throughput"])))
+    runs = list(bench.plan(traffic(tmp_path, 9, rounds=3), ["synchronous", "throughput"]))
     there, back = ["baseline", "medusa"] * 2, ["medusa", "baseline"] * 2
     assert [arm for _, _, arm in runs] == there + back + there
     assert [run[:2] for run in runs[2:6]] == [(0, "throughput")] * 2 + [(1, "synchronous")] * 2
@@ -190,6 +195,9 @@ def test_a_row_holds_what_the_server_did(benched: TrafficConfig) -> None:
         assert row["accepted_histogram"] == [0] * (TOKENS_PER_STEP[row["arm"]] - 1) + [num_steps]
         question = ["one", "two", BROKEN, "three"][row["prompt"]]
         assert row["text"] == "".join(f"{question} {i} " for i in range(num_steps))
+        assert (row["events"], row["draft_tokens"]) == (num_steps, num_steps * 4)
+        assert row["ttft_s"] <= row["last_s"] <= row["latency_s"]
+        assert row["wait_s"] is None  # a closed load has no time at which a request is due
         assert abs(row["start_s"] - time.time()) < 600
     after_first = {
         arm: median(row["latency_s"] - row["ttft_s"] for row in good if row["arm"] == arm)
@@ -255,7 +263,7 @@ def test_a_finished_benchmark_is_not_repeated_until_its_traffic_changes(
 
 
 def read(config: TrafficConfig, report: dict[str, Any]) -> list[dict[str, Any]]:
-    return bench.rows_of(report, bench.read_prompts(config.prompts), config.max_seconds)
+    return guidellm.rows_of(report, read_prompts(config.prompts), config.max_seconds)
 
 
 def test_a_request_that_the_time_limit_cut_off_is_a_failure(benched: TrafficConfig) -> None:
@@ -300,7 +308,7 @@ def test_a_lost_record_leaves_every_other_row_with_its_own_prompt(benched: Traff
         read(benched, report)
 
 
-@pytest.mark.parametrize(("num_lossy", "num_runs"), [(0, 1), (1, 2), (9, bench.RUN_ATTEMPTS)])
+@pytest.mark.parametrize(("num_lossy", "num_runs"), [(0, 1), (1, 2), (9, guidellm.RUN_ATTEMPTS)])
 def test_a_run_that_lost_a_record_is_repeated_but_not_for_ever(
     benched: TrafficConfig, num_lossy: int, num_runs: int
 ) -> None:
@@ -314,11 +322,11 @@ def test_a_run_that_lost_a_record_is_repeated_but_not_for_ever(
         def __init__(self) -> None:
             pass
 
-        def run(self, words: list[str], max_seconds: float) -> bench.Report:
+        def run(self, words: list[str], max_seconds: float) -> guidellm.Report:
             given.append(next(reports))
             return given[-1]
 
-    assert bench.run_whole(Recorded(), ["run"], benched) is given[-1]
+    assert guidellm.run_whole(Recorded(), ["run"], benched) is given[-1]
     assert len(given) == num_runs
 
 
@@ -359,7 +367,8 @@ def test_a_target_that_cannot_serve_is_named_before_any_traffic(
     [
         (None, "nothing is there"),
         ("", "holds no chats"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n{"prompt": "b"}', "line 2, is no chat"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n{"prompt": "b"}', "both chats and templated text"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n{"reply": "b"}', "line 2, is no chat"),
         ("SELECT 1", "line 1, is no chat"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1, has nothing to answer"),
     ],
@@ -369,7 +378,7 @@ def test_prompts_that_cannot_be_sent_are_named(tmp_path: Path, text: str | None,
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=message):
-        bench.read_prompts(str(file))
+        read_prompts([str(file)])
 
 
 def test_a_prompts_split_gives_its_good_chats_in_order(tmp_path: Path) -> None:
@@ -381,7 +390,7 @@ def test_a_prompts_split_gives_its_good_chats_in_order(tmp_path: Path) -> None:
     for i in (1, 0):
         table = pa.Table.from_pylist(rows[2 * i : 2 * i + 2], records.PROMPTS)
         pq.write_table(table, tmp_path / f"part-{i:06}.parquet")
-    assert [chat[0]["content"] for chat in bench.read_prompts(str(tmp_path))] == ["a", "d"]
+    assert [prompt.user_text for prompt in read_prompts([str(tmp_path)])] == ["a", "d"]
 
 
 def fake_python(folder: Path, script: str) -> str:
@@ -396,20 +405,20 @@ def test_a_guidellm_that_dies_is_reported_with_its_last_words(
 ) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "echo no room in /dev/shm >&2; exit 3"))
     with (
-        bench.GuideLLM(tmp_path) as guidellm,
+        bench.GuideLLM(tmp_path) as client,
         pytest.raises(RuntimeError, match=r"\(it died\)[^$]*no room in /dev/shm"),
     ):
-        guidellm.run(["run"], 1.0)
+        client.run(["run"], 1.0)
 
 
 def test_a_guidellm_that_hangs_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "echo stuck >&2; sleep 100"))
-    monkeypatch.setattr(bench, "START_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(guidellm, "START_TIMEOUT_S", 0.3)
     started_s = time.monotonic()
     with (
         pytest.raises(RuntimeError, match=r"no end within 0 s[^$]*stuck"),
-        bench.GuideLLM(tmp_path) as guidellm,
+        bench.GuideLLM(tmp_path) as client,
     ):
-        guidellm.run(["run"], 0.0)
+        client.run(["run"], 0.0)
     assert time.monotonic() - started_s < 10
-    assert guidellm._process.poll() is not None
+    assert client._process.poll() is not None

@@ -35,7 +35,7 @@ FLOORS = {
             f"medusa.{name}"
             for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
@@ -51,6 +51,7 @@ LIBRARIES = {
         "fastapi",
         "huggingface_hub",
         "prometheus_client",
+        "psutil",
         "ray",
         "starlette",
         "tensorboard",

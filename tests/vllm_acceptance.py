@@ -19,21 +19,14 @@ where the processor multiplies that, vLLM's in float32.
 
 import argparse
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import peers
 import pyarrow.parquet as pq
 import torch
 
@@ -42,7 +35,6 @@ from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.heads import MedusaHeads
 
 MAX_NEW_TOKENS, MAX_TOTAL_TOKENS = 128, 1024
-START_S = 900.0
 LOUD = 30
 WITHIN = 0.01  # of each position's acceptance, between vLLM and the engine
 COUNTERS = ("num_drafts", "num_accepted_tokens_per_pos")
@@ -91,7 +83,11 @@ def compare(
     """Prints a table of one pair of heads folders; returns vLLM's acceptance by position, as we count."""
     engine = Engine.load(base, ours, "chain", max_total_tokens=MAX_TOTAL_TOKENS)
     done = [engine.generate([prompt], MAX_NEW_TOKENS)[0] for prompt in prompts]
-    with serving(given.vllm, base, theirs, num_heads, given.core) as url:
+    options = ("--enforce-eager", "--max-num-seqs", "1", "--per-request-spec-decode-metrics", "detailed")
+    server = peers.vllm(
+        given.vllm, base, given.core, MAX_TOTAL_TOKENS, *options, heads=theirs, num_heads=num_heads
+    )
+    with server as url:
         before = counters(url)
         replies = [ask(url, prompt) for prompt in prompts]
         after = counters(url)
@@ -150,56 +146,6 @@ def histogram(accepted: list[int]) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------- vLLM
-
-
-@contextmanager
-def serving(venv: Path, base: str, heads: str, num_heads: int, core: int) -> Iterator[str]:
-    """URL of a vLLM server with these heads, which ends with the block."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    speculation = {"method": "medusa", "model": heads, "num_speculative_tokens": num_heads}
-    words = [
-        *(f"{venv}/bin/vllm", "serve", base, "--host", "127.0.0.1", "--port", str(port)),
-        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "1"),
-        *("--max-model-len", str(MAX_TOTAL_TOKENS), "--speculative-config", json.dumps(speculation)),
-        *("--per-request-spec-decode-metrics", "detailed"),
-    ]
-    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as log:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-            "PATH": f"{venv}/bin:{os.environ['PATH']}",
-            "VLLM_CACHE_ROOT": cache,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(core),
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        # A group of its own, so that what it starts ends with it.
-        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait(f"http://127.0.0.1:{port}/health", server, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-
-
-def wait(url: str, server: "subprocess.Popen[bytes]", log: Any) -> None:
-    until = time.monotonic() + START_S
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > until:
-                log.seek(0)
-                sys.exit(f"vLLM did not start:\n{log.read()[-4000:]}")
-            time.sleep(1)
 
 
 def ask(url: str, prompt: list[int]) -> Reply:

@@ -80,7 +80,9 @@ def demo(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(help="Run, serve or traffic YAML.", metavar="FILE...")],
+    files: Annotated[
+        list[str], typer.Argument(help="Run, serve or traffic YAML, or a KubeRay file.", metavar="FILE...")
+    ],
 ) -> None:
     """Check run, serve and traffic files; misspelt keys are named with the nearest right one."""
     from medusa_ray import config
@@ -88,10 +90,10 @@ def validate(
     problems = []
     for file in files:
         try:
-            raw = config.read(file)
-            kind = config.kind_of(raw)
-            config.parse(kind, raw, file)
-            print(f"{file}: a valid {kind.__name__}")
+            checked = config.parse_any(config.read(file), file)
+            print(f"{file}: a valid {type(checked).__name__}")
+            for note in config.notes(checked) if isinstance(checked, config.ServeConfig) else ():
+                print(f"{file}: note: {note}.")
         except config.UserError as error:
             problems.append(str(error))
     if problems:
@@ -201,13 +203,20 @@ def serve(serve_yaml: Annotated[str, typer.Argument(metavar="SERVE.YAML", show_d
                 stage.shutdown()
 
 
-@app.command()
-def bench(traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", show_default=False)]) -> None:
+@app.command(context_settings=LENIENT)
+def bench(
+    traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
     """Send the same traffic to each target, interleaved, and keep a row per request."""
     from medusa_ray import config
+    from medusa_ray.bench import blog
     from medusa_ray.cli.cluster import check_writable
 
-    traffic = config.load(config.TrafficConfig, traffic_yaml)
+    words = [traffic_yaml, *(overrides or ())]
+    if blog.is_old_line(words):
+        raise config.UserError(blog.answer(words))
+    traffic = config.load(config.TrafficConfig, traffic_yaml, overrides or ())
     check_writable(traffic.output)
     with step("bench") as facts:
         from medusa_ray import bench as stage
@@ -216,13 +225,36 @@ def bench(traffic_yaml: Annotated[str, typer.Argument(metavar="TRAFFIC.YAML", sh
 
 
 @app.command()
-def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="Output folder of a run.")]) -> None:
-    """Results of a run -> report.json, report.html and the console table."""
+def report(
+    words: Annotated[
+        list[str], typer.Argument(metavar="DIR | compare A B", help="Output folder of a run, or two of them.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Folder that takes a comparison; B/compare by default.")
+    ] = None,
+) -> None:
+    """Results of a run -> report.json, report.html, summary.md and the console table; or two runs side by side."""
     from medusa_ray import report as stage
+    from medusa_ray.cli import console
 
-    with step("report"):
-        written = stage.run(folder)
-    Console().print(stage.table(written))
+    if len(words) == 3 and words[0] == "compare":
+        out = out or f"{words[2].rstrip('/')}/compare"
+        with step("compare"):
+            found = stage.compare(words[1], words[2], out)
+        console.show_comparison(found)
+        print(f"compare  {out}/compare.html")
+    elif len(words) == 1 and out is None:
+        with step("report"):
+            written = stage.run(words[0])
+        console.show(written)
+        print(f"report   {words[0].rstrip('/')}/report/report.html")
+    else:
+        from medusa_ray.config import UserError
+
+        raise UserError(
+            f"report got {shlex.join(words)}{' and --out' if out else ''}; expected was the folder of a run, or "
+            "`report compare A B` with the folders of two, which alone takes --out."
+        )
 
 
 @app.command()

@@ -18,13 +18,12 @@ from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from medusa_ray import provenance
 from medusa_ray import report as reporting
 from medusa_ray.cli import STAGES, figures, run_stage
 from medusa_ray.cli.cluster import check_port, check_writable, cluster, prepare_ray
+from medusa_ray.cli.console import show
 from medusa_ray.cli.progress import step
 from medusa_ray.config import RunConfig, ServeConfig, Strict, TargetConfig, TrafficConfig, UserError, parse
 from medusa_ray.demo import chats as generator
@@ -233,7 +232,7 @@ class Demo:
         from medusa_ray.demo import serve_paths
 
         shutil.rmtree(folder, ignore_errors=True)
-        write_yaml(self.out / "serve.yaml", served)
+        write_yaml(self.out / "serve.yaml", served, exclude_unset=True)  # Ray refuses a null in many places
         with step("serve") as facts:
             urls = serve.deploy(served)
             facts.update(urls)
@@ -296,7 +295,12 @@ def serve_config(out: Path, base: str, port: int) -> ServeConfig:
     }
     heads = {"baseline": None, "medusa": str(out / "heads")}
     applications = [
-        {"name": arm, "route_prefix": f"/{arm}", "args": {"model_id": arm, "heads": heads[arm], **engine}}
+        {
+            "name": arm,
+            "route_prefix": f"/{arm}",
+            "import_path": "medusa_ray.serve:build_app",
+            "args": {"model_id": arm, "heads": heads[arm], **engine},
+        }
         for arm in ARMS
     ]
     raw = {"http_options": {"host": HOST, "port": port}, "applications": applications}
@@ -316,30 +320,11 @@ def traffic_config(out: Path, base: str, port: int, size: Size) -> TrafficConfig
     return parse(TrafficConfig, raw, "the demo's own traffic.yaml")
 
 
-def write_yaml(path: Path, config: Strict) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+def write_yaml(path: Path, config: Strict, exclude_unset: bool = False) -> None:
+    raw = config.model_dump(exclude_unset=exclude_unset)
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
 
 
 def free_port() -> int:
     with socket.create_server((HOST, 0)) as probe:
         return probe.getsockname()[1]
-
-
-# ---------------------------------------------------------------------------------------------------- the end
-
-
-def show(report: dict[str, Any]) -> None:
-    """The benchmark table, and what it comes to."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    headers, rows = reporting.table(report)
-    grid = Table(*headers)
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid)
-    for line in (reporting.caption(report), *reporting.caveats(report)):
-        console.print(line, highlight=False, markup=False)
-    console.print(
-        f"verdict  {report['verdict']['reason']}", style="bold", highlight=False, markup=False, soft_wrap=True
-    )

@@ -68,6 +68,10 @@ class Instant:
     """An engine, its chat and its detokenizer, none of which takes any time."""
 
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
+    tokenizer, vocab_size, eos_ids = None, 1, frozenset[int]()
+
+    def check_room(self, num: int) -> None:
+        pass
 
     def check(self, request: Request) -> None:
         pass

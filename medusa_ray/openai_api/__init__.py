@@ -7,11 +7,15 @@ from medusa_ray.openai_api.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Incoming,
     TokenizeRequest,
+    check_num_stop,
+    check_stop,
+    explain,
     num_new_tokens,
     parse,
 )
-from medusa_ray.openai_api.responses import Envelope, error_events, model_list
+from medusa_ray.openai_api.responses import Envelope, error_body, error_events, model_list
 
 __all__ = [
     "AnyRequest",
@@ -20,9 +24,14 @@ __all__ = [
     "CompletionRequest",
     "DetokenizeRequest",
     "Envelope",
+    "Incoming",
     "Reply",
     "TokenizeRequest",
+    "check_num_stop",
+    "check_stop",
+    "error_body",
     "error_events",
+    "explain",
     "model_list",
     "num_new_tokens",
     "parse",

@@ -100,11 +100,16 @@ class Reply:
         self._num_calls_taken += len(calls)
         return calls
 
-    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
-        """Text, log-probability and alternatives of each token since the last call."""
-        text = self._detokenizer.token_text
+    def take_entries(self) -> list[Logprob]:
+        """Log-probability and alternatives of each token since the last call, when asked for."""
         taken, self._logprobs = self._logprobs, []
-        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in taken]
+        return taken
+
+    def take_logprobs(self) -> list[tuple[str, float, list[tuple[str, float]]]]:
+        """Likewise, by text."""
+        text = self._detokenizer.token_text
+        entries = self.take_entries()
+        return [(text(e.token_id), e.logprob, [(text(t), value) for t, value in e.top]) for e in entries]
 
     def take_token_ids(self) -> list[int]:
         """Each token since the last call."""

@@ -19,9 +19,7 @@ from medusa_ray.medusa.sampling import MAX_LOGPROBS, Settings
 from medusa_ray.tools import CallReader
 
 MAX_CHOICES = 8  # of one prompt
-MAX_PROMPTS = 4  # of one request: TGI's max_client_batch_size
 MAX_TOOLS = 128  # OpenAI's own limit
-MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for /v1/completions; chat has none
@@ -34,11 +32,19 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
         kind = "server_error" if status >= 500 else "invalid_request_error"
         if status == 429:
             kind = "rate_limit_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def check_stop(stop: list[str]) -> list[str]:
+    """The stop strings. Raises ValueError when one is empty or too long."""
+    for text in stop:
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise ValueError(f"a stop string has {len(text)} characters; expected 1 to {MAX_STOP_CHARACTERS}")
+    return stop
 
 
 class Incoming(BaseModel):
@@ -162,6 +168,9 @@ class NamedTool(Incoming):
 class GenerationRequest(Incoming):
     """The fields that chat and text completions share. Null is a field left out."""
 
+    length_field: ClassVar = "max_tokens"
+    num_unasked: ClassVar = None  # tokens of a reply whose request asks for no number; None for all that fit
+
     harmless = {  # they say who asks or how to bill
         "metadata",
         "prompt_cache_key",
@@ -190,7 +199,7 @@ class GenerationRequest(Incoming):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: list[str] = Field([], max_length=MAX_STOP_STRINGS)
+    stop: list[str] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None  # vLLM's extension, which load generators send
@@ -204,12 +213,7 @@ class GenerationRequest(Incoming):
     @field_validator("stop")
     @classmethod
     def _stop_strings_have_a_length(cls, stop: list[str]) -> list[str]:
-        for text in stop:
-            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-                raise ValueError(
-                    f"a stop string has {len(text)} characters; expected 1 to {MAX_STOP_CHARACTERS}"
-                )
-        return stop
+        return check_stop(stop)
 
     @property
     def num_choices(self) -> int:
@@ -267,6 +271,7 @@ class GenerationRequest(Incoming):
 
 class ChatRequest(GenerationRequest):
     kind: ClassVar = "chat"
+    input_field: ClassVar = "messages"
     neutral = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -346,6 +351,7 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     kind: ClassVar = "completion"
+    input_field: ClassVar = "prompt"
     neutral = {"suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto")}
     prompt: list[str] | list[list[int]]
     echo: bool | None = None
@@ -367,9 +373,9 @@ class CompletionRequest(GenerationRequest):
 
     @field_validator("prompt")
     @classmethod
-    def _prompts_have_a_limit(cls, prompt: Any) -> Any:
-        if not 1 <= len(prompt) <= MAX_PROMPTS:
-            raise ValueError(f"{len(prompt)} prompts came; expected 1 to {MAX_PROMPTS}")
+    def _there_is_a_prompt(cls, prompt: Any) -> Any:
+        if not prompt:
+            raise ValueError("0 prompts came; expected 1 at least")
         return prompt
 
     @field_validator("logprobs")
@@ -420,12 +426,13 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
     _refuse_unsupported(request)
     return request
 
 
-def _explain(error: ValidationError) -> ApiError:
+def explain(error: ValidationError) -> ApiError:
+    """The first problem, as the client is told of it."""
     problem = error.errors(include_url=False)[0]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}.")
@@ -467,25 +474,34 @@ def _grammar(field: str, make: Callable[..., Grammar], *given: Any) -> Grammar:
         raise ApiError(400, f"{field} cannot be followed: {error}.", field, "invalid_grammar") from None
 
 
-def num_new_tokens(
-    request: ChatRequest | CompletionRequest, num_prompt_tokens: int, max_total_tokens: int
-) -> int:
-    """How long the reply may get. Raises ApiError 400, naming both numbers, when the model cannot hold it."""
-    field = "messages" if isinstance(request, ChatRequest) else "prompt"
+def num_new_tokens(request: Any, num_prompt_tokens: int, max_input_tokens: int, max_total_tokens: int) -> int:
+    """How long the reply to a request, of any protocol, may get. Raises ApiError 400, naming field, value and limit,
+    when there is no room for it."""
+    field = request.input_field
     if num_prompt_tokens == 0:
         raise ApiError(400, f"{field} is empty: it has no tokens, and at least one is needed.", field)
-    room = max_total_tokens - num_prompt_tokens
-    wanted = request.num_wanted
-    if room < 1:
+    if num_prompt_tokens > max_input_tokens:
         message = (
-            f"{field} has {num_prompt_tokens} tokens, but this model holds {max_total_tokens} of prompt and "
-            "reply together; shorten it."
+            f"{field} has {num_prompt_tokens} tokens, but at most {max_input_tokens} (max_input_tokens) are taken; "
+            "shorten it."
         )
         raise ApiError(400, message, field, "context_length_exceeded")
-    if wanted is not None and wanted > room:
+    room = max_total_tokens - num_prompt_tokens
+    wanted = request.num_wanted
+    if wanted is None:
+        return room if request.num_unasked is None else min(room, request.num_unasked)
+    if wanted > room:
         message = (
-            f"{field} has {num_prompt_tokens} tokens and max_tokens is {wanted}, together "
-            f"{num_prompt_tokens + wanted}, but this model holds {max_total_tokens}; ask for at most {room}."
+            f"{field} has {num_prompt_tokens} tokens and {request.length_field} is {wanted}, together "
+            f"{num_prompt_tokens + wanted}, but prompt and reply may have {max_total_tokens} (max_total_tokens); ask "
+            f"for at most {room}."
         )
-        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-    return room if wanted is None else wanted
+        raise ApiError(400, message, request.length_field, "context_length_exceeded")
+    return wanted
+
+
+def check_num_stop(stop: list[str], field: str, max_stop_sequences: int) -> None:
+    """Raises ApiError 400 when there are too many."""
+    if len(stop) > max_stop_sequences:
+        message = f"{field} has {len(stop)} strings, but at most {max_stop_sequences} (max_stop_sequences) are taken."
+        raise ApiError(400, message, field)

@@ -135,6 +135,11 @@ def _likeliest(alternatives: list[tuple[str, float]]) -> dict[str, float]:
     return named
 
 
+def error_body(error: ApiError) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error."""
+    return error.status, error.body
+
+
 def error_events(error: ApiError) -> str:
     """The end of a stream that broke: an explicit error, so that no client takes the text for whole."""
     return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
