@@ -31,8 +31,8 @@ MAX_CHOICES = 1000
 MAX_MULTIPLE = 10_000
 COMPILE_TIMEOUT_S = 5.0
 NUM_COMPILING = 2
-NUM_KEPT = 64
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 1 to 2 kB a state
+NUM_KEPT = 32
+LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)  # 0.6 kB a state
 # White space as models write it on one line. More of it would let a reply be nothing else until its tokens run out.
 JSON_OPTIONS: Any = {"whitespace_pattern": "[ ]?"}
 
@@ -132,12 +132,13 @@ def _check_size(size: int) -> None:
         raise GrammarError(f"it has {size} characters; expected at most {MAX_CHARACTERS}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
     """A grammar for one vocabulary: a matcher at its start, to be copied, and the tokens that may come first."""
 
     matcher: LLMatcher
     start_V: Tensor
+    is_spent: bool = False  # copies share the states of a lexer, and one has come to the most there may be
 
 
 class Grammars:
@@ -150,7 +151,7 @@ class Grammars:
             None  # takes a second for a large one, and few requests need it
         )
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
         self._threads = ThreadPoolExecutor(NUM_COMPILING, thread_name_prefix="grammar")
 
     async def start(self, grammar: Grammar) -> "Matcher":
@@ -166,9 +167,11 @@ class Grammars:
 
     def _look_up(self, grammar: Grammar) -> Compiled | None:
         with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-            return self._kept.get(grammar)
+            compiled = self._kept.pop(grammar, None)
+            if compiled is None or compiled.is_spent:
+                return None
+            self._kept[grammar] = compiled  # the one used last
+            return compiled
 
     def _compile(self, grammar: Grammar) -> Compiled:
         matcher = LLMatcher(self._load_vocabulary(), grammar.text, log_level=0, limits=LIMITS)
@@ -185,7 +188,7 @@ class Grammars:
         return compiled
 
     def _load_vocabulary(self) -> LLTokenizer:
-        with self._lock:
+        with self._loading:
             if self._vocabulary is None:
                 if not self._end_ids:
                     raise GrammarError(
@@ -221,7 +224,7 @@ class Matcher:
         try:
             return self._after(token_ids)
         except Exception as error:  # it would end the engine
-            self.failure = str(error)
+            self.failure, self._compiled.is_spent = str(error), True
             self._begin()  # llguidance never leaves a failure, but other walks may not come to it
             return torch.zeros_like(self._compiled.start_V)
 
@@ -257,4 +260,4 @@ def _allowed(matcher: LLMatcher, vocab_size: int) -> Tensor:
 
 def _raise_failure(matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise GrammarError(re.split(r"\n<state>", matcher.get_error())[0].strip())
+        raise GrammarError(re.split(r"\n<(?:state|non-verbose)", matcher.get_error())[0].strip())

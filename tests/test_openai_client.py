@@ -271,8 +271,8 @@ def test_json_objects_and_vllms_structured_outputs_hold(client: OpenAI) -> None:
     date = ask(extra_body={"structured_outputs": {"regex": r"\d{4}-\d\d"}})
     assert len(date) == 7
     assert date[4] == "-"
-    pet = json.loads(ask(extra_body={"structured_outputs": {"json": Pet.model_json_schema()}}))
-    jsonschema.validate(pet, Pet.model_json_schema())
+    schema = {**Pet.model_json_schema(), "additionalProperties": False}
+    jsonschema.validate(json.loads(ask(extra_body={"structured_outputs": {"json": schema}})), schema)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,8 @@ def test_forced_calls_are_calls_with_valid_arguments(
             ]
             jsonschema.validate(json.loads(call.function.arguments), schema)
 
+    if whole.finish_reason == "length":  # at which the client raises
+        return
     with client.chat.completions.stream(**fields) as stream:
         final: Any = stream.get_final_completion().choices[0]
     assert final.finish_reason == whole.finish_reason
@@ -387,7 +389,7 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"prompt": ["a"] * 5}, "5 prompts came; expected 1 to 4"),
+        ({"prompt": ["a"] * 5}, "prompt has 5 prompts, but at most 4"),
         ({"prompt": "a", "best_of": 2}, "best_of is 2"),
         ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "logprobs is 1"),

@@ -64,6 +64,10 @@ def test_however_steps_fall_the_same_calls_are_read(reply: Any, sizes: list[int]
     assert read(text, sizes) == expected
 
 
+def test_where_only_one_call_may_come_the_first_is_it() -> None:
+    assert read(f'{HERMES}<tool_call>{{"name": "now"}}</tool_call>', is_single=True) == ("", [ADDED])
+
+
 @pytest.mark.parametrize(
     ("text", "calls"),
     [
