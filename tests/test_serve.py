@@ -16,12 +16,14 @@ import yaml
 from fakes import ScriptedEngine
 from fastapi.testclient import TestClient
 
-from medusa_ray import config, serve
+from medusa_ray import config, openai_api, serve
 from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.openai_api import ChatRequest
 from medusa_ray.serve import Server, build_api
 from medusa_ray.serve.cluster import application
+from medusa_ray.serve.calls import Call
 
 CONFIGS = Path(__file__).parent.parent / "serve_configs"
 SERVE_FILES = [
@@ -239,6 +241,24 @@ def test_models_info_and_metrics_tell_what_is_served(chat: Chat) -> None:
     assert f"medusa_ray_request_skipped_tokens_sum{label} 2.0" in text
     assert f"medusa_ray_request_skipped_tokens_count{label} 3.0" in text
     assert 'medusa_ray_request_success_total{finished_reason="stop",model_name="medusa"} 1.0' in text
+
+
+def test_a_slow_reader_of_several_choices_gets_every_step_as_it_was(chat: Chat) -> None:
+    """A reply that went on while its last step waited to be sent would end twice, and others never."""
+    engine = ScriptedEngine(steps_of(chat, "a", "b", "c"))
+    server = server_of(engine, chat)
+    request = openai_api.parse(ChatRequest, json.dumps({**CHAT, "n": 3}).encode())
+
+    async def read() -> dict[int, list[tuple[str, str | None]]]:
+        seen: dict[int, list[tuple[str, str | None]]] = {}
+        async for text, reply in server.answer(request, Call("x")):
+            for _ in range(50):  # as long as sending takes
+                await asyncio.sleep(0)
+            seen.setdefault(reply.index, []).append((text, reply.finish_reason))
+        return seen
+
+    steps = [("a", None), ("b", None), ("c", "stop")]
+    assert asyncio.run(read()) == {0: steps, 1: steps, 2: steps}
 
 
 # ------------------------------------------------------------------------------------- clients that hang up

@@ -467,8 +467,11 @@ def _seed(seed: int | None, choice: int) -> int | None:
 
 async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGenerator[Piece]:
     """The pieces of all sources as they come; raises what any of them raises. A group is the choices of one prompt:
-    the others begin once the first has begun, and find the prompt in the cache."""
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    the others begin once the first has begun, and find the prompt in the cache.
+
+    No source goes on before its piece is taken care of, since the reply in it is as its last step has left it.
+    """
+    queue: asyncio.Queue[tuple[Piece, asyncio.Event] | Exception | None] = asyncio.Queue()
     tasks: list[asyncio.Task[None]] = []
 
     async def pump(source: AsyncGenerator[Piece], others: Sequence[AsyncGenerator[Piece]] = ()) -> None:
@@ -479,7 +482,9 @@ async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGen
                         tasks.extend([asyncio.create_task(pump(other)) for other in others])
                         others = ()
                         await asyncio.sleep(0)  # so that one for which there is no room says so first
-                    queue.put_nowait(piece)
+                    done = asyncio.Event()
+                    queue.put_nowait((piece, done))
+                    await done.wait()
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -494,7 +499,9 @@ async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGen
             if item is None:
                 num_open -= 1
             else:
-                yield item
+                piece, done = item
+                yield piece
+                done.set()
     finally:
         for task in tasks:
             task.cancel()
