@@ -98,6 +98,8 @@ def lead_for_ever(port: int, folder: str, output: str) -> None:
     torch.set_num_threads(1)
     shards = Shards.join(dist.TCPStore("127.0.0.1", port), 0, 2)
     engine = Engine(Backbone.load(folder, torch.float32, "cpu", num_shards=2), shards=shards)
+    engine.compile(folder, "float32")  # a pass of all of the base would be the leader's alone
+    assert engine.mode == "eager"
     try:
         while True:
             engine.generate([[1, 7]], 20)
@@ -174,4 +176,4 @@ def test_a_base_that_cannot_be_split_is_refused_before_it_is_loaded(
     with pytest.raises(ValueError, match=says):
         Backbone.load(str(tmp_path), torch.float32, "cpu", num_shards=num_shards)
     with pytest.raises(ValueError, match="quantized, and only plain weights"):
-        base.check_shards(str(tmp_path), 2, None, "4bit")
+        base.check_shards(str(tmp_path), 2, "cpu", None, "4bit")

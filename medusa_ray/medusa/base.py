@@ -44,7 +44,7 @@ def load(
     """
     options: dict[str, Any] = {"dtype": dtype}
     if num_shards > 1:
-        check_shards(base, num_shards, revision, quantization)
+        check_shards(base, num_shards, device, revision, quantization)
         options |= {"distributed_config": DistributedConfig(tp_size=num_shards)}
     if quantization == "4bit":
         options |= {"quantization_config": _four_bits(dtype, device), "device_map": {"": device}}
@@ -68,9 +68,14 @@ def load(
 
 
 def check_shards(
-    base: str, num_shards: int, revision: str | None, quantization: Quantization = "none"
+    base: str, num_shards: int, device: str, revision: str | None, quantization: Quantization = "none"
 ) -> None:
     """Raises ValueError for a base that cannot be laid out over so many processes."""
+    if device == "cpu" and torch.accelerator.is_available():
+        raise ValueError(
+            f"tensor_parallel is {num_shards} on device cpu, but transformers lays a base over the GPUs there are. "
+            "Set device to cuda, or tensor_parallel to 1."
+        )
     name, base_revision = under_adapter(base, revision)
     if name != base or quantization != "none":
         what = "an adapter" if name != base else "quantized"

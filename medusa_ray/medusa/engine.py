@@ -204,9 +204,6 @@ class Engine:
             max_waiting,
             shards=shards,
         )
-        if shards is not None and compile != "no":
-            log.warning("the engine runs eagerly: %d processes share the base, and none has all of a pass", shards.num)
-            compile = "no"
         # A GPU's pass is built of the engine's own model, so no step can run meanwhile.
         is_in_background = compile == "background" and backbone.device.type != "cuda"
         if compile != "no" and not is_in_background:
@@ -230,6 +227,8 @@ class Engine:
         """What takes long on a CPU; safe there while steps run in another thread."""
         is_on_gpu = self.backbone.device.type == "cuda"
         reason = (graphs if is_on_gpu else compiled).why_not(self.backbone.device.type)
+        if isinstance(self._pass, ShardedPass):
+            reason = "several processes share the base, and a compiled pass is one process's"
         if reason is None:
             try:
                 self._built = self._graphed() if is_on_gpu else compiled.load_or_build(base, dtype, revision)
@@ -260,6 +259,8 @@ class Engine:
             if is_graphed:
                 self._replay_all()
             self.sizer = None  # what it measured was the eager pass
+            if self._coming is not None:
+                self._coming.timing = self._arrival(self._coming.guesser, self._coming.times)
         except Exception as error:  # whatever a compiler or a capture raises
             self._pass, self.mode = eager, "eager"
             log.warning("the engine runs eagerly: %s", error)
@@ -520,12 +521,13 @@ class Engine:
         Requests that run go on, with the same replies. What takes long happens here, in the caller's thread, or beside
         the steps, one measured pass after each. Returns once it is done. Safe to call from any thread after `start`;
         before, only from the one that steps. Raises ValueError or OSError when they cannot be had or do not fit, and
-        RuntimeError when the engine fails; it then goes on with what it has.
+        goes on with those it has; RuntimeError when the engine has failed.
         """
         with self._swapping:
             new = Guesser.of(self.backbone, *guesser.load(self.backbone, heads, tree), tree == "auto")
             self._check_memory(new.tree)
-            self._coming = coming = self._arrival(new)
+            times: StepTimes = {}
+            self._coming = coming = Coming(new, times, self._arrival(new, times))
             if self.failure is not None:  # looked at after that, and so after the thread's last look
                 raise RuntimeError(f"the engine has failed: {self.failure}")
             while self._thread is None and not coming.taken_over.done():
@@ -546,11 +548,11 @@ class Engine:
         """Behind its last token a row has the guesses, and before them what an unread step may have committed."""
         return len(tree) + (tree.depth + 1) * self.lags
 
-    def _arrival(self, new: Guesser) -> Coming:
+    def _arrival(self, new: Guesser, times: StepTimes) -> Iterator[None]:
+        """As `_timing`, as far as there is something to know or to do before the first step."""
         # Graphs are captured by the first pass of their shape, which is not to be one that a request waits for.
         repeats = REPEATS if new.is_adaptive else int(self.mode == "graphs")
-        times: StepTimes = {}
-        return Coming(new, times, self._timing(times, new, MEASURED_CONTEXT, repeats))
+        return self._timing(times, new, MEASURED_CONTEXT, repeats)
 
     def _bring_in(self) -> None:
         """Measures one more pass for the guesser that is coming, or takes it over when all are measured."""

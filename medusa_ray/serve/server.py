@@ -56,12 +56,10 @@ class Served:
 
     @classmethod
     def of(cls, heads: str | None, tree: TreeChoice) -> "Served":
-        for file in (f"{heads}/{name}" for name in (WEIGHTS, EXTENDED_WEIGHTS)):
-            if (
-                heads and (digest := provenance.digest(file)) != file
-            ):  # which stands for itself where it is none
-                return cls(heads, tree, digest[:12])
-        return cls(heads, tree, "")
+        files = [f"{heads}/{name}" for name in (WEIGHTS, EXTENDED_WEIGHTS)] if heads else []
+        digests = {file: provenance.digest(file) for file in files}
+        # What is no file stands for itself.
+        return cls(heads, tree, next((digest[:12] for file, digest in digests.items() if digest != file), ""))
 
 
 class Server:
