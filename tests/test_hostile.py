@@ -41,7 +41,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 REFERENCES = (CHAT_URL, COMPLETION_URL, "/generate")  # are asked after each attack in turn
 MAX_BUSY_S = 1.0  # of a processor's time, for which the event loop may keep everybody else waiting
-MAX_MESSAGE = 600  # characters of an error, whatever came
+MAX_MESSAGE = 1100  # characters of an error, whatever came
 BIG = 1_900_000  # just below the limit of a body
 
 # JSON values as they are written, some of which no JSON writer would write.
