@@ -31,6 +31,7 @@ from medusa_ray.tools import CallReader
 MAX_CHOICES = 8  # of one prompt
 MAX_TOOLS = 128  # OpenAI's own limit
 MAX_STOP_CHARACTERS = 256
+MAX_MESSAGE_CHARACTERS = 1000  # of an error
 MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for /v1/completions; chat has none
 TEMPERATURE = 1.0  # likewise, for both
@@ -43,6 +44,10 @@ class ApiError(Exception):
     """What the client is told: an HTTP status and OpenAI's error body."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        # Whoever wrote it may have repeated what a client sent, of any length.
+        message = (
+            message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
+        )
         super().__init__(message)
         self.status, self.code = status, code
         kind = "server_error" if status >= 500 else "invalid_request_error"

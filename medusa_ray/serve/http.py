@@ -172,7 +172,9 @@ def build_api(server: Server, tells_id: bool = True) -> FastAPI:
     @api.exception_handler(HTTPException)
     async def no_such_route(http: HttpRequest, error: HTTPException) -> Response:
         message = f"{http.method} {http.url.path}: {error.detail}."
-        return error_response(ApiError(error.status_code, message), http.scope["call"])
+        response = error_response(ApiError(error.status_code, message), http.scope["call"])
+        response.headers.update(error.headers or {})  # the methods that are allowed
+        return response
 
     api.openapi = partial(_openapi, api)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     api.add_middleware(Front, api_keys=server.api_keys, totals=server.totals, tells_id=tells_id)
