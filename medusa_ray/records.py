@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of report.json and compare.json
 
 TOKENS = pa.list_(pa.int32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -156,6 +156,7 @@ REQUESTS = pa.schema(
 #    "ramp": {"arm": ARM, "steps": [[second, concurrency], ...], "replicas": [[second, running, wanted], ...],
 #             "latency": [[second, p50_s, p99_s], ...], "failed": n},
 #    "serve_paths": {PATH: {FIGURE: x}}}
+# report/report.json: see report/schema.py, and report.schema.json beside it
 
 
 def first_position(num_prompt: int, loss_on: str) -> int:

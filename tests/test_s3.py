@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,8 @@ class Bucket:
 @pytest.fixture
 def bucket() -> Iterator[Bucket]:
     bucket = Bucket()
+    # moto keeps what it holds for as long as the process lives.
+    urllib.request.urlopen(f"{bucket.url}/moto-api/reset", data=b"").close()
     yield bucket
     bucket.stop()
 

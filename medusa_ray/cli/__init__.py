@@ -223,13 +223,36 @@ def bench(
 
 
 @app.command()
-def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="Output folder of a run.")]) -> None:
-    """Results of a run -> report.json, report.html and the console table."""
+def report(
+    words: Annotated[
+        list[str], typer.Argument(metavar="DIR | compare A B", help="Output folder of a run, or two of them.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Folder that takes a comparison; B/compare by default.")
+    ] = None,
+) -> None:
+    """Results of a run -> report.json, report.html, summary.md and the console table; or two runs side by side."""
     from medusa_ray import report as stage
+    from medusa_ray.cli import console
 
-    with step("report"):
-        written = stage.run(folder)
-    Console().print(stage.table(written))
+    if len(words) == 3 and words[0] == "compare":
+        out = out or f"{words[2].rstrip('/')}/compare"
+        with step("compare"):
+            found = stage.compare(words[1], words[2], out)
+        console.show_comparison(found)
+        print(f"compare  {out}/compare.html")
+    elif len(words) == 1 and out is None:
+        with step("report"):
+            written = stage.run(words[0])
+        console.show(written)
+        print(f"report   {words[0].rstrip('/')}/report/report.html")
+    else:
+        from medusa_ray.config import UserError
+
+        raise UserError(
+            f"report got {shlex.join(words)}{' and --out' if out else ''}; expected was the folder of a run, or "
+            "`report compare A B` with the folders of two, which alone takes --out."
+        )
 
 
 @app.command()

@@ -18,13 +18,12 @@ from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from medusa_ray import provenance
 from medusa_ray import report as reporting
 from medusa_ray.cli import STAGES, figures, run_stage
 from medusa_ray.cli.cluster import check_port, check_writable, cluster, prepare_ray
+from medusa_ray.cli.console import show
 from medusa_ray.cli.progress import step
 from medusa_ray.config import RunConfig, ServeConfig, Strict, TargetConfig, TrafficConfig, UserError, parse
 from medusa_ray.demo import chats as generator
@@ -323,23 +322,3 @@ def write_yaml(path: Path, config: Strict) -> None:
 def free_port() -> int:
     with socket.create_server((HOST, 0)) as probe:
         return probe.getsockname()[1]
-
-
-# ---------------------------------------------------------------------------------------------------- the end
-
-
-def show(report: dict[str, Any]) -> None:
-    """The benchmark table, and what it comes to."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    headers, rows = reporting.table(report)
-    grid = Table(*headers)
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid)
-    for line in (reporting.caption(report), *reporting.caveats(report)):
-        console.print(line, highlight=False, markup=False)
-    console.print(
-        f"verdict  {report['verdict']['reason']}", style="bold", highlight=False, markup=False, soft_wrap=True
-    )

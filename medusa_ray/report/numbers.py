@@ -1,37 +1,19 @@
-"""Request rows -> figures of each arm, and of medusa against the baseline.
+"""Request rows -> the figures of each arm at each load. What each means: `definitions`.
 
-Figures of an arm at a load are over its good requests; a failure only counts as a failure. Medians are over
-requests, except the two rates, which are medians over rounds. What the rows cannot tell is None.
-
-    acceleration       tokens per step: one of the base and the accepted guesses; no wall clock
-    requests_per_s     completed requests over the wall window of a round (first send to last byte)
-    request_latency_s  send to last byte
-    ttft_ms            send to first content
-    tpot_ms            (latency - ttft) / (tokens - 1) of one request; a reply of one token has none
-    itl_ms             GuideLLM's mean: sum of (latency - ttft) over sum of (tokens - 1) of all requests
-    speedup            baseline over medusa, so more is better: of the medians of TPOT over the pairs (round,
-                       prompt) that both arms answered, with a 95% interval; and of output tokens per second
+Figures are over good requests; a failure only counts as a failure. What the rows cannot tell is None.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]  # one row of records.REQUESTS
-Figure = Callable[[Row], float | None]
+from medusa_ray.report.samples import Drawn, Figure, Row, Samples, num_prompts
 
-MIN_PROMPTS = 5  # fewer give no interval
-NUM_RESAMPLES = 1000
-
-
-class Ratio(NamedTuple):
-    """Baseline over medusa; the interval is null where too few prompts were measured."""
-
-    point: float
-    low: float | None
-    high: float | None
+PERCENTILES = (50, 95, 99)
+Z95 = 1.959964  # standard deviations to either side of 95% of a normal distribution
 
 
 def acceleration(num_accepted: int, num_steps: int) -> float:
@@ -49,39 +31,139 @@ def acceleration(num_accepted: int, num_steps: int) -> float:
     return (num_steps + num_accepted) / num_steps
 
 
-# ------------------------------------------------------------------------------------------------ one arm
+def wilson(num_good: int, num_all: int) -> list[float]:
+    """The 95% score interval of a share (Wilson, 1927), which stays within 0 and 1 and minds few trials.
+
+    >>> [round(end, 3) for end in wilson(19, 20)]
+    [0.764, 0.991]
+    """
+    share, doubt = num_good / num_all, Z95**2 / num_all
+    middle, half = share + doubt / 2, Z95 * math.sqrt(share * (1 - share) / num_all + doubt / (4 * num_all))
+    return [max(0.0, (middle - half) / (1 + doubt)), min(1.0, (middle + half) / (1 + doubt))]
+
+
+# ------------------------------------------------------------------------------------------------ loads
 
 
 def concurrency(load: str) -> int | None:
-    """Requests in flight at a load; None for throughput, which sends as many as the server takes."""
+    """Requests in flight at a load; None where that is not fixed."""
     if load == "synchronous":
         return 1
     return int(load.removeprefix("concurrency=")) if load.startswith("concurrency=") else None
 
 
-def in_order(loads: set[str]) -> list[str]:
-    """synchronous first, then rising concurrency, throughput last."""
-    return sorted(loads, key=lambda load: (load != "synchronous", concurrency(load) or 10**9, load))
+def rate(load: str) -> float | None:
+    """Requests per second that an open load sends, whatever comes back; None for the others."""
+    kind, _, number = load.partition("=")
+    return float(number) if kind in ("constant", "poisson") else None
 
 
-def measure_arm(rows: list[Row]) -> dict[str, Any]:
-    """One arm's entry: acceptance over all loads together, the other figures load by load."""
+def in_order(loads: Iterable[str]) -> list[str]:
+    """synchronous first, then rising concurrency, throughput, and then the open ones by kind and rising rate."""
+
+    def place(load: str) -> tuple[Any, ...]:
+        if rate(load) is not None:
+            return (1, load.partition("=")[0], rate(load))
+        return (0, "", load != "synchronous", concurrency(load) or math.inf)
+
+    return sorted(loads, key=place)
+
+
+# ------------------------------------------------------------------------------------------------ one request
+
+
+def latency_s(row: Row) -> float | None:
+    """From when the request was due, which is when it was sent unless the load is open, to the last byte."""
+    return None if row["latency_s"] is None else float(row["latency_s"] + (row["wait_s"] or 0))
+
+
+def ttft_ms(row: Row) -> float | None:
+    """From when the request was due to its first content; None where a server did not stream."""
+    return None if row["ttft_s"] is None else 1e3 * (row["ttft_s"] + (row["wait_s"] or 0))
+
+
+def streaming_s(row: Row) -> float | None:
+    """From the first content to the last; None for a reply of one token, which has no such time."""
+    if row["ttft_s"] is None or (row["output_tokens"] or 0) < 2:
+        return None
+    last_s = row["latency_s"] if row["last_s"] is None else row["last_s"]
+    return float(last_s - row["ttft_s"])
+
+
+def tpot_ms(row: Row) -> float | None:
+    """Time per output token after the first; None for a reply of one token."""
+    whole_s = streaming_s(row)
+    return None if whole_s is None else 1e3 * whole_s / (row["output_tokens"] - 1)
+
+
+def gap_ms(row: Row) -> float | None:
+    """Mean time between two stream events with content; None for a reply of one event."""
+    whole_s = streaming_s(row)
+    return None if whole_s is None or (row["events"] or 0) < 2 else 1e3 * whole_s / (row["events"] - 1)
+
+
+def user_tokens_per_s(row: Row) -> float | None:
+    """What one user sees: tokens of the reply over its latency."""
+    whole_s = latency_s(row)
+    return row["output_tokens"] / whole_s if row["output_tokens"] and whole_s else None
+
+
+def wait_s(row: Row) -> float | None:
+    """From when the request was due to when it was sent; None unless the load is open."""
+    return None if row["wait_s"] is None else float(row["wait_s"])
+
+
+def one(row: Row) -> float:
+    """What a request counts for in requests per second."""
+    return 1.0
+
+
+def tokens(row: Row) -> float:
+    return float(row["output_tokens"] or 0)
+
+
+FIGURES: dict[str, Figure] = {
+    "request_latency_s": latency_s,
+    "ttft_ms": ttft_ms,
+    "tpot_ms": tpot_ms,
+    "gap_ms": gap_ms,
+    "user_tokens_per_s": user_tokens_per_s,
+    "wait_s": wait_s,
+}
+
+
+# ------------------------------------------------------------------------------------------------ acceptance
+
+
+def measure_acceptance(rows: list[Row]) -> dict[str, Any]:
+    """Tokens per step as the server and as the client see it, and which guesses were accepted."""
     good = [row for row in rows if row["error"] is None]
     histogram = add_histograms(row["accepted_histogram"] for row in good if row["accepted_histogram"])
     num_steps = sum(histogram)
+    reached = [sum(histogram[j:]) for j in range(len(histogram))]  # [0] are all steps
     tokens_per_step = None
     if num_steps:
-        tokens_per_step = acceleration(sum(j * count for j, count in enumerate(histogram)), num_steps)
+        tokens_per_step = acceleration(sum(reached[1:]), num_steps)
     elif told := [row for row in good if row["num_steps"]]:
         # A server that tells its steps only. The first token is the prefill's.
         num_decoded = sum(row["output_tokens"] - 1 for row in told)
         tokens_per_step = num_decoded / sum(row["num_steps"] for row in told)
-    loads = in_order({row["load"] for row in rows})
+    streamed = [row for row in good if (row["events"] or 0) > 1]
+    drafted = [row for row in good if row["draft_tokens"] is not None and row["num_steps"]]
+    num_drafted = sum(row["draft_tokens"] for row in drafted)
     return {
         "acceleration": tokens_per_step,
-        "accepted_per_position": [sum(histogram[j:]) / num_steps for j in range(1, len(histogram))],
+        "acceleration_at_client": sum(row["output_tokens"] - 1 for row in streamed)
+        / sum(row["events"] - 1 for row in streamed)
+        if streamed
+        else None,
+        "accepted_per_position": [count / num_steps for count in reached[1:]],
+        "accepted_per_position_conditional": [
+            after / before if before else None for before, after in zip(reached, reached[1:], strict=False)
+        ],
         "acceptance_histogram": histogram,
-        "load": {load: measure_load([row for row in rows if row["load"] == load]) for load in loads},
+        "draft_acceptance_rate": sum(reached[1:]) / num_drafted if num_drafted else None,
+        "nodes_per_step": 1 + num_drafted / sum(row["num_steps"] for row in drafted) if drafted else None,
     }
 
 
@@ -95,43 +177,109 @@ def add_histograms(histograms: Iterable[list[int]]) -> list[int]:
     return total
 
 
-def measure_load(rows: list[Row]) -> dict[str, Any]:
-    """The figures of one arm at one load, over all its rounds."""
-    good = [row for row in rows if row["error"] is None]
-    latency_s = [row["latency_s"] for row in good]
-    ttft, tpot = (
-        [value for row in good if (value := figure(row)) is not None] for figure in (ttft_ms, tpot_ms)
-    )
-    streamed = [row for row in good if tpot_ms(row) is not None]
-    streaming_s = sum(row["latency_s"] - row["ttft_s"] for row in streamed)
-    num_gaps = sum(row["output_tokens"] - 1 for row in streamed)
-    return {
-        "requests": len(rows),
-        "failed": len(rows) - len(good),
-        "requests_per_s": _percentile(_rates(rows, lambda row: 1), 50),
-        "request_latency_s": _percentile(latency_s, 50),
-        "ttft_ms": _percentile(ttft, 50),
-        "tpot_ms": _percentile(tpot, 50),
-        "itl_ms": 1e3 * streaming_s / num_gaps if num_gaps else None,
-        "output_tokens_per_s": _percentile(_rates(rows, lambda row: row["output_tokens"]), 50),
-        "p99": {
-            "request_latency_s": _percentile(latency_s, 99),
-            "ttft_ms": _percentile(ttft, 99),
-            "tpot_ms": _percentile(tpot, 99),
-        },
+# ------------------------------------------------------------------------------------------------ one arm
+
+
+def measure_arm(samples: Samples, arm: str, slo: dict[str, Any]) -> dict[str, Any]:
+    """One arm's entry: acceptance over all loads together, the other figures load by load."""
+    loads = in_order(samples.loads(arm))
+    sent = [row for load in loads for row in samples.rows(arm, load)]
+    return measure_acceptance(sent) | {
+        "load": {load: measure_load(samples, arm, load, slo) for load in loads}
     }
 
 
-def ttft_ms(row: Row) -> float | None:
-    """Send to first content; None where a server did not stream."""
-    return None if row["ttft_s"] is None else 1e3 * row["ttft_s"]
+def measure_load(samples: Samples, arm: str, load: str, slo: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one arm at one load, over all its rounds."""
+    rows = samples.rows(arm, load)
+    good = [row for row in rows if row["error"] is None]
+    values = {
+        name: [value for row in good if (value := figure(row)) is not None]
+        for name, figure in FIGURES.items()
+    }
+    streamed = [row for row in good if streaming_s(row) is not None]
+    num_gaps = sum(row["output_tokens"] - 1 for row in streamed)
+    accepted = measure_acceptance(rows)
+    at = {
+        f"p{percent}": {name: _percentile(values[name], percent) for name in FIGURES}
+        for percent in PERCENTILES
+    }
+    return {
+        "requests": len(rows),
+        "failed": len(rows) - len(good),
+        "requests_per_s": _percentile(_rates(rows, one), 50),
+        "request_latency_s": at["p50"]["request_latency_s"],
+        "ttft_ms": at["p50"]["ttft_ms"],
+        "tpot_ms": at["p50"]["tpot_ms"],
+        "itl_ms": 1e3 * sum(streaming_s(row) or 0 for row in streamed) / num_gaps if num_gaps else None,
+        "output_tokens_per_s": _percentile(_rates(rows, tokens), 50),
+        **{name: accepted[name] for name in ("acceleration", "acceleration_at_client", "nodes_per_step")},
+        **at,
+        "ci95": _intervals(samples, arm, load),
+        "goodput": measure_goodput(rows, slo),
+    }
 
 
-def tpot_ms(row: Row) -> float | None:
-    """Time per output token after the first; None for a reply of one token."""
-    if row["ttft_s"] is None or (row["output_tokens"] or 0) < 2:
+def _intervals(samples: Samples, arm: str, load: str) -> dict[str, list[float] | None]:
+    """Of the medians, and of the rates of closed loads: an open one's rate is what it was told to send."""
+    found: dict[str, list[float] | None] = {}
+    for name in ("request_latency_s", "ttft_ms", "tpot_ms", "gap_ms"):
+        values_PR = samples.grid(samples.rows(arm, load), FIGURES[name])
+        if not np.isnan(values_PR).all():
+            found[name] = Drawn(samples.percentile(values_PR, 50), num_prompts(values_PR)).interval
+    for name, amount in (("requests_per_s", one), ("output_tokens_per_s", tokens)):
+        drawn = drawn_rate(samples, arm, load, amount)
+        found[name] = drawn.interval if drawn else None
+    return found
+
+
+def drawn_rate(samples: Samples, arm: str, load: str, amount: Figure) -> Drawn | None:
+    """What an arm brings per second at a closed load; None at an open one.
+
+    With so many requests always in flight, a rate is proportional to the amount over the latency (Little's law): that
+    quotient tells how much the rate varies with prompts and rounds, the wall clock tells the rate.
+    """
+    rows = samples.rows(arm, load)
+    measured = _percentile(_rates(rows, lambda row: amount(row) or 0), 50)
+    if not measured or rate(load) is not None:
         return None
-    return 1e3 * (row["latency_s"] - row["ttft_s"]) / (row["output_tokens"] - 1)
+    amount_PR, latency_PR = samples.grid(rows, amount), samples.grid(rows, latency_s)
+    total_S = samples.total(latency_PR)
+    quotient_S = np.divide(
+        samples.total(amount_PR), total_S, out=np.full(len(total_S), np.nan), where=total_S > 0
+    )
+    return Drawn(measured * quotient_S / quotient_S[0], num_prompts(latency_PR))
+
+
+def measure_goodput(rows: list[Row], slo: dict[str, Any]) -> dict[str, Any] | None:
+    """Requests that met every limit of the SLO; None where there is none.
+
+    A reply that was not streamed is there when its last byte is.
+    """
+    limits: dict[str, tuple[Figure, float]] = {
+        name: (figure, slo[name])
+        for name, figure in (
+            ("ttft_ms", lambda row: ttft_ms(row) or 1e3 * (latency_s(row) or math.inf)),
+            ("tpot_ms", lambda row: tpot_ms(row) or 0.0),
+            ("latency_s", latency_s),
+        )
+        if slo.get(name) is not None
+    }
+    if not limits or not rows:
+        return None
+
+    def met(row: Row) -> bool:
+        return row["error"] is None and all((figure(row) or 0) <= limit for figure, limit in limits.values())
+
+    num_met = sum(met(row) for row in rows)
+    low, high = wilson(num_met, len(rows))
+    asked = slo.get("share", 0.95)
+    return {
+        "requests_per_s": _percentile(_rates(rows, met), 50),
+        "share": num_met / len(rows),
+        "ci95": [low, high],
+        "attained": True if low >= asked else False if high < asked else None,
+    }
 
 
 def _rates(rows: list[Row], amount: Callable[[Row], float]) -> list[float]:
@@ -150,69 +298,3 @@ def _rates(rows: list[Row], amount: Callable[[Row], float]) -> list[float]:
 
 def _percentile(values: list[float], percent: float) -> float | None:
     return float(np.percentile(values, percent)) if values else None
-
-
-# ------------------------------------------------------------------------------------------------ two arms
-
-
-def measure_speedup(rows: list[Row], arms: dict[str, Any]) -> dict[str, Any]:
-    """Medusa over baseline at each load that both arms served; empty unless both were measured."""
-    baseline, medusa = (arms[arm]["load"] if arm in arms else {} for arm in ("baseline", "medusa"))
-    speedup = {}
-    for load in in_order(baseline.keys() & medusa.keys()):
-        before, after = baseline[load]["output_tokens_per_s"], medusa[load]["output_tokens_per_s"]
-        tpot = paired_ratio(rows, load, tpot_ms)
-        speedup[load] = {
-            "output_tokens_per_s": after / before if before and after else None,
-            "tpot": tpot.point if tpot else None,
-            "ci95": [tpot.low, tpot.high] if tpot and tpot.low is not None else None,
-        }
-    return speedup
-
-
-def paired_ratio(
-    rows: list[Row], load: str, figure: Figure, percent: float = 50, seed: int = 0
-) -> Ratio | None:
-    """Baseline over medusa of one percentile of `figure`, over the (round, prompt) pairs that both answered.
-
-    The interval is a bootstrap over prompts: all rounds of a prompt are drawn together, since they resemble
-    each other more than other prompts do. A prompt sent twice in a round counts once, with its mean. None
-    where no pair has the figure.
-    """
-    values: dict[str, dict[tuple[int, int], list[float]]] = {
-        arm: defaultdict(list) for arm in ("baseline", "medusa")
-    }
-    for row in rows:
-        if row["load"] == load and row["arm"] in values and row["error"] is None:
-            value = figure(row)
-            if value is not None:
-                values[row["arm"]][row["prompt"], row["round"]].append(value)
-    pairs = values["baseline"].keys() & values["medusa"].keys()
-    if not pairs:
-        return None
-    prompts, rounds = (
-        {number: index for index, number in enumerate(sorted({pair[axis] for pair in pairs}))}
-        for axis in (0, 1)
-    )
-    # Arm, prompt, round; nan where a pair is missing.
-    times_APR = np.full((2, len(prompts), len(rounds)), np.nan)
-    for prompt, round_ in pairs:
-        for arm, found in enumerate(values.values()):
-            times_APR[arm, prompts[prompt], rounds[round_]] = np.mean(found[prompt, round_])
-    # The one that minds nan is ten times slower.
-    percentile = np.nanpercentile if np.isnan(times_APR).any() else np.percentile
-
-    def ratios(draws_SP: np.ndarray) -> np.ndarray:
-        """The ratio of each sample of prompts, given as indices."""
-        samples_ASN = times_APR[:, draws_SP].reshape(2, len(draws_SP), -1)
-        baseline, medusa = percentile(samples_ASN, percent, axis=2)
-        return np.asarray(baseline / medusa)
-
-    point = float(ratios(np.arange(len(prompts))[None])[0])
-    if len(prompts) < MIN_PROMPTS:
-        return Ratio(point, None, None)
-    draws_SP = np.random.default_rng(seed).integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
-    # In parts, so that thousands of prompts fit into memory.
-    found_S = np.concatenate([ratios(part) for part in np.array_split(draws_SP, 20)])
-    low, high = np.percentile(found_S, [2.5, 97.5])
-    return Ratio(point, float(low), float(high))

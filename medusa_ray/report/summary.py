@@ -1,11 +1,20 @@
 """What the stages left -> report.json."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_ray.records import SCHEMA_VERSION
-from medusa_ray.report.numbers import measure_arm, measure_speedup
+from medusa_ray.report.comparable import find_faults, served_parity
+from medusa_ray.report.numbers import measure_arm
+from medusa_ray.report.predicted import predict
+from medusa_ray.report.ratios import (
+    compared_loads,
+    measure_break_even,
+    measure_categories,
+    measure_equal_latency,
+    measure_speedup,
+)
+from medusa_ray.report.samples import Samples
 from medusa_ray.report.verdict import judge
 
 ENGINE_ARMS = ("baseline", "medusa", "transformers")
@@ -30,14 +39,21 @@ class Inputs:
         """Prompts whose texts differ where the base's two best scores all but coincide."""
         return int(self.evaluation.get("parity", {}).get("near_ties", 0))
 
+    @property
+    def traffic(self) -> dict[str, Any]:
+        """The benchmark's config."""
+        return dict(self.bench.get("traffic", {}))
+
 
 def summarise(inputs: Inputs) -> dict[str, Any]:
-    """report.json. Its keys are stable; see the module `numbers` for what each figure means."""
+    """report.json: see the module `schema` for its keys, which are stable, and `definitions` for what they mean."""
     evaluation, bench = inputs.evaluation, inputs.bench
-    rows = defaultdict(list)
-    for row in inputs.requests:
-        rows[row["arm"]].append(row)
-    arms = {arm: measure_arm(sent) for arm, sent in rows.items()}
+    samples, greedy = Samples(inputs.requests), inputs.traffic.get("temperature", 0) == 0
+    slo = inputs.traffic.get("slo") or {}
+    arms = {arm: measure_arm(samples, arm, slo) for arm in samples.arms()}
+    parity = {key: evaluation.get("parity", {}).get(key) for key in ("prompts", "token_exact")}
+    near_ties = inputs.near_ties / parity["prompts"] if parity["prompts"] else 0.0
+    faults = find_faults(samples, arms, bench, greedy, near_ties)
     engine = evaluation.get("engine") or {}  # null when the speed run was left out
     in_process = {arm: {"tokens_per_s": engine.get(arm, {}).get("tokens_per_s")} for arm in ENGINE_ARMS}
     report = {
@@ -57,13 +73,19 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
             **inputs.accuracy.get("acceptance", {}),
             "served": arms.get("medusa", {}).get("acceleration"),
         },
-        "parity": {key: evaluation.get("parity", {}).get(key) for key in ("prompts", "token_exact")},
+        "parity": parity | {"served": served_parity(samples, compared_loads(samples))},
         "engine": in_process | {"speedup": engine.get("speedup")},
+        "slo": slo or None,
         "arms": arms,
-        "speedup": measure_speedup(inputs.requests, arms),
+        "speedup": measure_speedup(samples, arms, faults),
+        "equal_latency": measure_equal_latency(samples, faults),
+        "break_even": measure_break_even(samples, faults),
+        "categories": measure_categories(samples, faults),
+        "checks": bench.get("checks"),
     }
-    greedy = bench.get("traffic", {}).get("temperature", 0) == 0
-    return report | {"verdict": judge(report, inputs.requests, greedy, inputs.near_ties)}
+    info = bench.get("arms", {}).get("medusa", {}).get("info")
+    report["predicted"] = predict(evaluation, info, report)
+    return report | {"verdict": judge(report, samples, greedy, inputs.near_ties)}
 
 
 def _model(inputs: Inputs) -> dict[str, Any]:
