@@ -181,7 +181,7 @@ def test_the_client_is_watched_process_by_process() -> None:
 
 
 def rows_of(speedup: dict[str, float]) -> list[dict[str, Any]]:
-    row = {"round": 0, "error": None, "ttft_s": 0.0, "output_tokens": 2}
+    row = {"round": 0, "error": None, "ttft_s": 0.0, "last_s": None, "output_tokens": 2}
     times = {"baseline": lambda ratio: ratio, "medusa": lambda _: 1.0}
     return [
         {**row, "load": load, "arm": arm, "prompt": prompt, "latency_s": time_of(ratio)}
