@@ -6,6 +6,7 @@ still trains, and only acceptance drops.
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -128,6 +129,11 @@ class Chat:
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a reply, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that texts of replies leave out."""
+        return frozenset(self.tokenizer.all_special_ids)
 
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self.tokenizer)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import fsspec
 import yaml
@@ -32,6 +32,7 @@ class Strict(BaseModel):
     """The base of every config: frozen, and no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    refused: ClassVar[dict[str, str]] = {}  # keys that exist elsewhere, and why they are none here
 
 
 # ---------------------------------------------------------------------------------------------------- one run
@@ -643,10 +644,25 @@ class EngineConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
-    max_total_tokens: int = Field(2048, gt=0, description="Longest prompt plus reply, in tokens.")
-    max_queued_requests: int = Field(
-        256, ge=0, description="Requests that may wait; one more is answered 429."
+    max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
+    max_input_tokens: int | None = Field(
+        None, gt=0, description="Longest prompt, in tokens; null for one less than max_total_tokens."
     )
+    max_concurrent_requests: int = Field(
+        128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
+    )
+    max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
+    api_key_env: str | None = Field(
+        None,
+        min_length=1,
+        description="Environment variable of the replica that holds the API key, or several with commas between; null "
+        "lets everybody in.",
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Origins of web pages that may call, '*' for any; none by default."
+    )
+    log_prompts: bool = Field(False, description="Lines of the access log have prompts and replies too.")
     threads: int | None = Field(
         None, gt=0, description="torch threads on a CPU; null leaves torch's own choice."
     )
@@ -654,57 +670,268 @@ class EngineConfig(Strict):
         None, description="Keeps the chats that are answered; null, the default, keeps nothing."
     )
 
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> "EngineConfig":
+        if self.max_concurrent_requests < self.max_batch_size:
+            raise ValueError(
+                f"args.max_concurrent_requests is {self.max_concurrent_requests}, fewer than max_batch_size, "
+                f"{self.max_batch_size}: rows of the batch would stay empty. Raise the first or lower the second."
+            )
+        if self.max_input_tokens is not None and self.max_input_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"args.max_input_tokens is {self.max_input_tokens}, but max_total_tokens, which counts the reply too, "
+                f"is {self.max_total_tokens}. Set it to at most {self.max_total_tokens - 1}."
+            )
+        return self
+
+
+# Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys
+# of its own schema, or say in `refused` why not; a test compares the two. What has no default here has Ray Serve's.
+
+REQUEST_TIMEOUT_S = 600.0  # no reply takes longer: then the proxy ends it. A replica that drains waits for it as long
+DEPLOYMENTS = {"medusa_ray.serve:build_app": ("Engine",)}  # what `deployments` may name, the engine last
+
 
 class HttpOptions(Strict):
     host: str = Field("127.0.0.1", description="Ray's own default is every interface; ours is loopback.")
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = ""
-    request_timeout_s: float | None = Field(600, gt=0)
-    keep_alive_timeout_s: int = Field(5, gt=0)
+    request_timeout_s: float | None = Field(REQUEST_TIMEOUT_S, gt=0)
+    keep_alive_timeout_s: int = Field(90, gt=0, description="Longer than clients' pools keep a connection.")
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+
+class LoggingConfig(Strict):
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    logs_dir: str | None = None
+    enable_access_log: bool = True
+    additional_log_standard_attrs: list[str] = Field(default_factory=list)
+
+
+class TracingConfig(Strict):
+    enabled: bool = False
+    exporter_import_path: str = ""
+    sampling_ratio: float = Field(0.01, ge=0, le=1)
+
+
+class ControllerEnv(Strict):
+    env_vars: dict[str, str] = Field(default_factory=dict)
+
+
+class ControllerOptions(Strict):
+    runtime_env: ControllerEnv | None = None
+
+
+class RuntimeEnv(Strict):
+    """Ray's own, which takes a folder or a package from storage that every node reaches."""
+
+    working_dir: str | None = None
+    py_modules: list[str] | None = None
+    py_executable: str | None = None
+    java_jars: list[str] | None = None
+    excludes: list[str] | None = None
+    pip: Any = None
+    uv: Any = None
+    conda: Any = None
+    env_vars: dict[str, str] | None = None
+    config: dict[str, Any] | None = None
+    worker_process_setup_hook: str | None = None
+    image_uri: str | None = None
+    container: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _folders_are_where_every_node_reaches_them(self) -> "RuntimeEnv":
+        for uri in [self.working_dir, *(self.py_modules or [])]:
+            if uri is not None and "://" not in uri:
+                raise ValueError(
+                    f"runtime_env names the folder {uri!r} of this machine; Ray Serve takes URIs alone: a zip at "
+                    "s3://, gs:// or file://, or local:///PATH for what already lies on every node."
+                )
+        return self
+
+
+class RayActorOptions(Strict):
+    runtime_env: RuntimeEnv | None = None
+    num_cpus: float | None = Field(None, ge=0)
+    num_gpus: float | None = Field(None, ge=0)
+    memory: float | None = Field(None, ge=0)
+    resources: dict[str, float] | None = None
+    accelerator_type: str | None = None
+    label_selector: dict[str, str] | None = None
+    fallback_strategy: list[dict[str, Any]] | None = None
+
+
+class AutoscalingPolicy(Strict):
+    policy_function: str
+    policy_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class AutoscalingConfig(Strict):
+    refused: ClassVar[dict[str, str]] = {
+        "smoothing_factor": "Ray Serve has upscaling_factor and downscaling_factor in its place",
+        "upscale_smoothing_factor": "Ray Serve has upscaling_factor in its place",
+        "downscale_smoothing_factor": "Ray Serve has downscaling_factor in its place",
+    }
+
     min_replicas: int = Field(1, ge=0)
     initial_replicas: int | None = Field(None, ge=0)
     max_replicas: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(2, gt=0)
-    metrics_interval_s: float = Field(10, gt=0)
-    look_back_period_s: float = Field(30, gt=0)
-    upscale_delay_s: float = Field(30, ge=0)
-    downscale_delay_s: float = Field(600, ge=0)
+    target_ongoing_requests: float | None = Field(
+        None, gt=0, description="Requests of a replica, waiting ones included, above which another one is started."
+    )
+    metrics_interval_s: float | None = Field(None, gt=0)
+    look_back_period_s: float | None = Field(None, gt=0)
+    upscale_delay_s: float | None = Field(None, ge=0)
+    downscale_delay_s: float | None = Field(None, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0)
     upscaling_factor: float | None = Field(None, gt=0)
     downscaling_factor: float | None = Field(None, gt=0)
+    aggregation_function: Literal["mean", "max", "min"] | None = None
+    policy: AutoscalingPolicy | None = None
+
+    @model_validator(mode="after")
+    def _numbers_of_replicas_are_in_order(self) -> "AutoscalingConfig":
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(
+                f"autoscaling_config has min_replicas {self.min_replicas}, initial_replicas {initial} and max_replicas "
+                f"{self.max_replicas}; expected them in this order, none above the next."
+            )
+        return self
+
+
+class BackpressureConfig(Strict):
+    status_code: Literal[429, 503] = 503
+    retry_after_s: float | None = Field(None, ge=0)
+
+
+class RequestRouterConfig(Strict):
+    request_router_class: str | None = None
+    request_router_kwargs: dict[str, Any] = Field(default_factory=dict)
+    request_routing_stats_period_s: float | None = Field(None, gt=0)
+    request_routing_stats_timeout_s: float | None = Field(None, gt=0)
+    initial_backoff_s: float | None = Field(None, gt=0)
+    backoff_multiplier: float | None = Field(None, gt=0)
+    max_backoff_s: float | None = Field(None, gt=0)
 
 
 class DeploymentConfig(Strict):
+    """What a file overrides of one deployment; what it leaves out is set by `medusa_ray.serve.app`."""
+
+    refused: ClassVar[dict[str, str]] = {
+        "gang_scheduling_config": "replicas of an engine work alone",
+        "deployment_actors": "no deployment here has any",
+    }
+
     name: str
-    num_replicas: int | Literal["auto"] | None = None
+    num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = Field(None, gt=0)
     max_queued_requests: int | None = Field(None, ge=-1)
-    ray_actor_options: dict[str, Any] | None = None
+    backpressure_config: BackpressureConfig | None = None
+    ray_actor_options: RayActorOptions | None = None
     user_config: dict[str, Any] | None = None
     health_check_period_s: float | None = Field(None, gt=0)
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
     graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
+    placement_group_bundles: list[dict[str, float]] | None = None
+    placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
+    placement_group_bundle_label_selector: list[dict[str, str]] | None = None
+    max_replicas_per_node: int | None = Field(None, ge=1, le=100)
+    logging_config: LoggingConfig | None = None
+    request_router_config: RequestRouterConfig | None = None
+    rolling_update_percentage: float | None = Field(None, gt=0, le=1)
+    max_surge_percent: int | None = Field(None, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _replicas_have_one_owner(self) -> "DeploymentConfig":
+        if isinstance(self.num_replicas, int) and self.autoscaling_config:
+            raise ValueError(
+                f"deployment {self.name} has num_replicas {self.num_replicas} and autoscaling_config; leave one of "
+                "them out."
+            )
+        return self
 
 
 class ApplicationConfig(Strict):
-    name: str
+    refused: ClassVar[dict[str, str]] = {
+        "host": "all applications of a file share http_options.host",
+        "port": "all applications of a file share http_options.port",
+        "autoscaling_policy": "scale a deployment by its autoscaling_config.policy",
+    }
+
+    name: str = Field(min_length=1)
     route_prefix: str = "/"
     import_path: Literal["medusa_ray.serve:build_app"] = "medusa_ray.serve:build_app"
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    runtime_env: RuntimeEnv | None = None
     args: EngineConfig
     deployments: list[DeploymentConfig] = Field(default_factory=list)
+    logging_config: LoggingConfig | None = None
+    external_scaler_enabled: bool = False
+
+    @model_validator(mode="after")
+    def _route_is_one(self) -> "ApplicationConfig":
+        route = self.route_prefix
+        if not route.startswith("/") or (route.endswith("/") and route != "/") or set("{}") & set(route):
+            raise ValueError(
+                f"application {self.name} has the route_prefix {route!r}; expected '/' or a path that starts with one, "
+                "ends with none and has no braces, for example '/medusa'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deployments_exist(self) -> "ApplicationConfig":
+        known, names = DEPLOYMENTS[self.import_path], [deployment.name for deployment in self.deployments]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"application {self.name} overrides a deployment named {name!r}; it has {' and '.join(known)}."
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"application {self.name} overrides the deployment {name} twice; write it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _autoscaling_can_fire(self) -> "ApplicationConfig":
+        for deployment in self.deployments:
+            scaling, at_once = deployment.autoscaling_config, self.args.max_concurrent_requests
+            if self.external_scaler_enabled and (scaling or deployment.num_replicas == "auto"):
+                raise ValueError(
+                    f"application {self.name} has external_scaler_enabled and autoscales {deployment.name}; leave one "
+                    "of them out."
+                )
+            if scaling is None or scaling.policy or not scaling.target_ongoing_requests:
+                continue
+            if deployment.max_ongoing_requests and deployment.max_ongoing_requests < at_once:
+                at_once = deployment.max_ongoing_requests
+            if scaling.target_ongoing_requests >= at_once:
+                raise ValueError(
+                    f"application {self.name} would never start another replica: target_ongoing_requests is "
+                    f"{scaling.target_ongoing_requests:g}, but a replica has {at_once} requests at most "
+                    "(args.max_concurrent_requests and max_ongoing_requests). Leave the target out, or set it near "
+                    f"args.max_batch_size ({self.args.max_batch_size})."
+                )
+        return self
 
 
 class ServeConfig(Strict):
     """A file that `serve deploy` takes as it is. Ray Serve ignores a misspelt key; this schema names it."""
 
+    refused: ClassVar[dict[str, str]] = {
+        "grpc_options": "the applications answer over HTTP alone",
+        "target_capacity": "KubeRay sets it while it exchanges one cluster for another",
+    }
+
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "HeadOnly"
     http_options: HttpOptions = HttpOptions()
-    logging_config: dict[str, Any] = Field(default_factory=dict)
+    logging_config: LoggingConfig | None = None
+    tracing_config: TracingConfig | None = None
+    controller_options: ControllerOptions | None = None
     applications: list[ApplicationConfig] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -881,13 +1108,19 @@ def read(uri: str | Path) -> dict[str, Any]:
     """The plain values of one YAML file. Raises UserError when it cannot be read or holds no mapping."""
     try:
         with fsspec.open(str(uri), "r", encoding="utf-8") as file:
-            raw = yaml.load(file, _Loader)
+            text = file.read()
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{uri} cannot be read: {error}. Give the path of a YAML file.") from error
+    return _mapping(text, str(uri))
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {error}") from error
+        raise UserError(f"{where} is not YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{uri} holds {type(raw).__name__}, but a mapping of keys to values was expected.")
+        raise UserError(f"{where} holds {type(raw).__name__}, but a mapping of keys to values was expected.")
     return raw
 
 
@@ -906,6 +1139,60 @@ def kind_of(raw: dict[str, Any]) -> type[Strict]:
     """A run, a serve file or traffic, whichever these values mean to be: it knows most of their keys."""
     kinds: list[type[Strict]] = [RunConfig, ServeConfig, TrafficConfig]
     return max(kinds, key=lambda kind: sum(bool(_close(str(key), kind.model_fields)) for key in raw))
+
+
+def parse_any(raw: dict[str, Any], where: str) -> Strict:
+    """The config that these values mean to be: of a run, of a server or of traffic, or the part of a KubeRay file that
+    is ours, `serveConfigV2` of a RayService or `runtimeEnvYAML` of a RayJob."""
+    if not str(raw.get("apiVersion", "")).startswith("ray.io/"):
+        return parse(kind_of(raw), raw, where)
+    ours: dict[str, tuple[str, type[Strict]]] = {
+        "RayService": ("serveConfigV2", ServeConfig),
+        "RayJob": ("runtimeEnvYAML", RuntimeEnv),
+    }
+    if raw.get("kind") not in ours:
+        raise UserError(f"{where}: kind is {raw.get('kind')!r}; expected {' or '.join(ours)}.")
+    key, kind = ours[raw["kind"]]
+    text = (raw.get("spec") or {}).get(key)
+    if not isinstance(text, str):
+        raise UserError(f"{where}: spec.{key} is {text!r}; expected the text of a YAML file, after `{key}: |`.")
+    return parse(kind, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
+
+
+def notes(config: ServeConfig) -> list[str]:
+    """What is valid in a serve file, but hardly meant."""
+    http, found = config.http_options, []
+    if "host" not in http.model_fields_set:
+        found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
+    open_apps = [app.name for app in config.applications if app.args.api_key_env is None]
+    if http.host not in ("127.0.0.1", "localhost", "::1") and open_apps:
+        found.append(
+            f"http_options.host is {http.host}, and {', '.join(open_apps)} let everybody in who reaches it; name an "
+            "environment variable that holds a key in args.api_key_env"
+        )
+    for app in config.applications:
+        if "import_path" not in app.model_fields_set:
+            found.append(f"application {app.name} has no import_path, which `serve deploy` needs: {app.import_path}")
+        options = {deployment.name: deployment for deployment in app.deployments}.get(DEPLOYMENTS[app.import_path][-1])
+        resources = options.ray_actor_options if options else None
+        if app.args.device == "cuda" and not (resources and resources.num_gpus):
+            found.append(
+                f"application {app.name} runs on cuda, but its ray_actor_options ask for no num_gpus, and Ray hides "
+                "GPUs that nobody asked for"
+            )
+        scaling = options.autoscaling_config if options else None
+        if scaling and not scaling.target_ongoing_requests and not scaling.policy:
+            found.append(
+                f"application {app.name} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
+                f"args.max_batch_size ({app.args.max_batch_size}), `serve deploy` Ray's 2"
+            )
+        drain_s = (options and options.graceful_shutdown_timeout_s) or REQUEST_TIMEOUT_S
+        if http.request_timeout_s is None or http.request_timeout_s > drain_s:
+            found.append(
+                f"a reply of application {app.name} may take longer than a replica that ends waits for it, {drain_s:g} "
+                "s; lower http_options.request_timeout_s or raise graceful_shutdown_timeout_s"
+            )
+    return found
 
 
 def parse(kind: type[Config], raw: dict[str, Any], where: str) -> Config:
@@ -942,6 +1229,8 @@ def _explain(kind: type[Strict], problem: Any) -> str:
         name = str(problem["loc"][-1])
         if name in LEGACY_FLAGS:
             return f"{path} is a flag of the original script; here it is {LEGACY_FLAGS[name]}."
+        if section and name in section.refused:
+            return f"{path} is a key of Ray Serve's that is not taken here: {section.refused[name]}."
         right = _nearest(kind, section, path)
         return f"{path} is not a key" + (f"; did you mean {right}?" if right else ".")
     if problem["type"] == "missing":

@@ -131,8 +131,8 @@ def outside(engine: Engine, prompts: list[list[int]], batch_size: int, max_new_t
     with ExitStack() as stack:
         timed(engine, "_move_on")
         timed(engine, "_run")
-        if engine.heads:
-            timed(engine._guesser, "topk")
+        if engine.guesser.stack:
+            timed(engine.guesser.stack, "topk")
         engine.generate(prompts, max_new_tokens)
     return 1 - (seconds["_run"] + seconds["topk"]) / seconds["_move_on"]
 

@@ -1,7 +1,9 @@
 """Stand-ins for tests of the protocol: an engine that plays a script, and a client that can hang up."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.replies import Counters, Delta
@@ -13,6 +15,9 @@ class ScriptedEngine:
 
     mode, is_adaptive, heads = "eager", False, None
     num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
+    scheduler = SimpleNamespace(num_queried_tokens=0, num_shared_tokens=0)
+    cache = SimpleNamespace(usage=0.0)
+    last_step_s = math.inf  # always alive
 
     def __init__(
         self, steps: list[list[int]], finish_reason: str = "stop", max_total_tokens: int = 512

@@ -109,7 +109,10 @@ def _compute(pipe: Connection, settings: dict[str, Any]) -> None:
     engine = Engine.load(**settings)
     pipe.send(None)
     while True:
-        prompts, concurrency, options = pipe.recv()
+        try:
+            prompts, concurrency, options = pipe.recv()
+        except EOFError:  # nobody has more to ask
+            return
         started = time.perf_counter()
         done = []
         for at in range(0, len(prompts), len(prompts) if concurrency > 1 else 1):
@@ -138,6 +141,8 @@ class InProcess:
 def serving(arms: dict[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, str]]]:
     """URLs of applications on Ray Serve by arm and path to them; args of each arm's engine by its name."""
     prepare_ray()
+    import ray.serve
+
     from medusa_ray import serve as stage
 
     os.environ.update(stage.environment())
@@ -166,7 +171,7 @@ def serving(arms: dict[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, str
         yield {
             arm: {"replica's port": stage.direct_url(url), "Serve's proxy": url} for arm, url in urls.items()
         }
-        stage.shutdown()
+        ray.serve.shutdown()
 
 
 def engine_args(base: str, **more: Any) -> dict[str, Any]:

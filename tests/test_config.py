@@ -19,7 +19,7 @@ applications:
   - name: medusa
     route_prefix: /medusa
     args: {model_id: medusa, base: some/model}
-    deployments: [{name: Engine, num_replicas: 1, autoscaling_config: {max_replicas: 2}}]
+    deployments: [{name: Engine, num_replicas: auto, autoscaling_config: {max_replicas: 2}}]
 """
 TRAFFIC = """\
 output: bench

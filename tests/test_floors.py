@@ -34,7 +34,7 @@ FLOORS = {
             f"medusa.{name}"
             for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},

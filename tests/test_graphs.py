@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves
 from medusa_ray.medusa import attention, compiled, graphs, reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.cache import NULL_PAGE, PAGE_SIZE, PagedCache
-from medusa_ray.medusa.engine import Engine, doublings
+from medusa_ray.medusa.engine import Engine
 from medusa_ray.medusa.graphs import GraphedPass
 from medusa_ray.medusa.scheduler import Request
+from medusa_ray.medusa.sizing import doublings
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import Outcome, TreePass
 

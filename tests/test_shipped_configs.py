@@ -9,7 +9,7 @@ from medusa_ray.cli.estimate import estimate
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = sorted([*REPOSITORY.glob("train_configs/*.yaml"), *REPOSITORY.glob("serve_configs/*.yaml")])
-KINDS = {file: config.kind_of(config.read(file)) for file in FILES}
+KINDS = {file: config.kind_of(config.read(file)) for file in FILES if not file.stem.startswith("kuberay_")}
 RUNS = [file for file, kind in KINDS.items() if kind is config.RunConfig]
 
 
@@ -19,7 +19,7 @@ def named(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=named)
 def test_a_shipped_file_is_valid(file: Path) -> None:
-    config.load(KINDS[file], file)
+    config.parse_any(config.read(file), str(file))
 
 
 def test_each_kind_of_file_has_an_example() -> None:
@@ -50,7 +50,8 @@ def test_the_plan_of_a_run_counts_its_steps_or_says_why_not(file: Path) -> None:
 @pytest.mark.parametrize("folder", ["train_configs", "serve_configs"])
 def test_every_shipped_file_is_listed_in_its_folders_readme(folder: str) -> None:
     readme = (REPOSITORY / folder / "README.md").read_text(encoding="utf-8")
-    assert [file.name for file in FILES if file.parent.name == folder and file.name not in readme] == []
+    names = [file.name for file in (REPOSITORY / folder).iterdir() if file.is_file() and file.name != "README.md"]
+    assert [name for name in names if name not in readme] == []
 
 
 def test_the_llama_run_is_the_blogs_flag_by_flag() -> None:

@@ -80,7 +80,9 @@ def demo(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(help="Run, serve or traffic YAML.", metavar="FILE...")],
+    files: Annotated[
+        list[str], typer.Argument(help="Run, serve or traffic YAML, or a KubeRay file.", metavar="FILE...")
+    ],
 ) -> None:
     """Check run, serve and traffic files; misspelt keys are named with the nearest right one."""
     from medusa_ray import config
@@ -88,10 +90,10 @@ def validate(
     problems = []
     for file in files:
         try:
-            raw = config.read(file)
-            kind = config.kind_of(raw)
-            config.parse(kind, raw, file)
-            print(f"{file}: a valid {kind.__name__}")
+            checked = config.parse_any(config.read(file), file)
+            print(f"{file}: a valid {type(checked).__name__}")
+            for note in config.notes(checked) if isinstance(checked, config.ServeConfig) else ():
+                print(f"{file}: note: {note}.")
         except config.UserError as error:
             problems.append(str(error))
     if problems:

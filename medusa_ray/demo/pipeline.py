@@ -232,7 +232,7 @@ class Demo:
         from medusa_ray.demo import serve_paths
 
         shutil.rmtree(folder, ignore_errors=True)
-        write_yaml(self.out / "serve.yaml", served)
+        write_yaml(self.out / "serve.yaml", served, exclude_unset=True)  # Ray refuses a null in many places
         with step("serve") as facts:
             urls = serve.deploy(served)
             facts.update(urls)
@@ -295,7 +295,12 @@ def serve_config(out: Path, base: str, port: int) -> ServeConfig:
     }
     heads = {"baseline": None, "medusa": str(out / "heads")}
     applications = [
-        {"name": arm, "route_prefix": f"/{arm}", "args": {"model_id": arm, "heads": heads[arm], **engine}}
+        {
+            "name": arm,
+            "route_prefix": f"/{arm}",
+            "import_path": "medusa_ray.serve:build_app",
+            "args": {"model_id": arm, "heads": heads[arm], **engine},
+        }
         for arm in ARMS
     ]
     raw = {"http_options": {"host": HOST, "port": port}, "applications": applications}
@@ -315,8 +320,9 @@ def traffic_config(out: Path, base: str, port: int, size: Size) -> TrafficConfig
     return parse(TrafficConfig, raw, "the demo's own traffic.yaml")
 
 
-def write_yaml(path: Path, config: Strict) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+def write_yaml(path: Path, config: Strict, exclude_unset: bool = False) -> None:
+    raw = config.model_dump(exclude_unset=exclude_unset)
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
 
 
 def free_port() -> int:

@@ -69,6 +69,9 @@ class Instant:
 
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
 
+    def check_room(self) -> None:
+        pass
+
     def check(self, request: Request) -> None:
         pass
 

@@ -58,9 +58,24 @@ class PagedCache:
         ] = {}  # pages that keep a beginning and have no user, the longest unused first
 
     @property
+    def num_pages(self) -> int:
+        """Pages there are, the null page not among them."""
+        return len(self._num_users) - 1
+
+    @property
+    def num_blank_pages(self) -> int:
+        """Pages that can be had, and keep nothing."""
+        return len(self._free)
+
+    @property
     def num_free_pages(self) -> int:
         """Pages that can be had, those that keep an unused beginning among them."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def usage(self) -> float:
+        """Share of the pages that sequences hold."""
+        return 1 - self.num_free_pages / (len(self._num_users) - 1)
 
     @staticmethod
     def pages_for(num_tokens: int) -> int:

@@ -15,9 +15,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,23 +26,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ray.medusa import allocator, compiled, graphs
+from medusa_ray.medusa import allocator, compiled, graphs, guesser
 from medusa_ray.medusa.acceptance import decide, unpack
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.base import Quantization
-from medusa_ray.medusa.cache import PagedCache, compact
+from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache, compact
+from medusa_ray.medusa.guesser import Guesser, Heads, TreeLike
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.processors import History, allowed_masks
 from medusa_ray.medusa.replies import Completion, Counters, Delta
 from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
-from medusa_ray.medusa.sizing import StepTimes, TreeSizer
-from medusa_ray.medusa.tree import Tree
+from medusa_ray.medusa.sizing import StepTimes, TreeSizer, doublings
+from medusa_ray.medusa.tree import MAX_GUESSES, Tree
 from medusa_ray.medusa.treepass import Ahead, Outcome, TreePass, advance
 
 log = logging.getLogger("medusa_ray")
 
 PREFILL_TOKENS = 1024  # of one prefill pass, padding included; running sequences wait for it
+# Where steps are timed: cached tokens of a row, and of how many passes the fastest counts.
+MEASURED_CONTEXT, REPEATS = 128, 4
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Launched:
 
     sequences: list[Sequence]  # of its rows
     tree: Tree
+    sizer: TreeSizer | None  # that picked it
     verdict_BX: Tensor  # on the host; good once `event`, if there is one, has come
     hidden_BDC: Tensor | None  # of the walks, when some request keeps them
     event: torch.cuda.Event | None
@@ -75,8 +80,18 @@ class Launched:
         return self.verdict_BX.tolist()
 
 
+@dataclass
+class Coming:
+    """A guesser on its way in: what its steps take is measured by and by, and somebody waits for it."""
+
+    guesser: Guesser
+    times: StepTimes
+    timing: Iterator[None]  # fills `times`
+    taken_over: Future[None] = field(default_factory=Future)
+
+
 class Engine:
-    """One base, its heads and a tree. Not for use from several threads, but for `stream` and `cancel`."""
+    """One base, its heads and a tree. Not for use from several threads, but for `stream`, `cancel` and `swap`."""
 
     def __init__(
         self,
@@ -98,8 +113,7 @@ class Engine:
         Raises ValueError when base, heads and tree do not fit together, before memory is taken for them.
         """
         _check_counts(max_batch_size, max_total_tokens, max_waiting)
-        tree = tree or (Tree.chain(heads.num_heads) if heads else Tree())
-        _check_fit(backbone, heads, tree)
+        self.guesser = Guesser.of(backbone, heads, tree, is_adaptive)
         if backbone.rope_limit is not None and max_total_tokens > backbone.rope_limit:
             raise ValueError(
                 f"max_total_tokens is {max_total_tokens}, but beyond {backbone.rope_limit} the RoPE frequencies of "
@@ -108,38 +122,36 @@ class Engine:
             )
         if backbone.device.type == "cpu":
             allocator.keep_freed_memory()
-        self.backbone, self.heads = backbone, heads
-        self.is_adaptive = is_adaptive and len(tree) > 1
+        self.backbone = backbone
         self.sizer: TreeSizer | None = None
-        sizes = tree_sizes(len(tree)) if is_adaptive else [len(tree)]
-        self.trees = {size: tree.prefix(size).to(backbone.device) for size in sizes}
-        self.tree, self._root_only = self.trees[len(tree)], Tree().to(backbone.device)
         self.max_total_tokens = min(max_total_tokens, backbone.max_positions)
         self.lags = backbone.device.type == "cuda" if lags is None else lags
-        # Behind its last token a row has the guesses, and before them what an unread step may have committed.
-        num_slack = len(tree) + (tree.depth + 1) * self.lags
+        num_slack = self._num_slack(self.tree)
         pages = PagedCache.pages_for(self.max_total_tokens + num_slack) * max_batch_size
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack, max_waiting)
-        self.counters = Counters(num_accepted_tokens_per_pos=[0] * tree.depth)
+        self.counters = Counters(num_accepted_tokens_per_pos=[0] * self.tree.depth)
         self.failure: Exception | None = None
-        self._guesser = heads.stack() if heads else None
+        self.last_step_s = -math.inf  # when its thread last came to the end of one, on the monotonic clock
         self._pass: compiled.Pass = TreePass(backbone)
         self._built: compiled.Pass | None = None  # compiled, and not yet adopted
         self.mode = "eager"
         self._batch: Batch | None = None
+        self._is_short = False  # some running row has pages for a smaller tree than this one
         self._unread: deque[Launched] = deque()
-        self._node_N = torch.arange(max(len(tree), max_batch_size), device=backbone.device)
+        self._node_N = torch.arange(max(MAX_GUESSES + 1, max_batch_size), device=backbone.device)
         self._is_greedy = {flag: torch.tensor(flag, device=backbone.device) for flag in (False, True)}
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
+        self._coming: Coming | None = None
+        self._swapping = threading.Lock()  # one swap at a time
 
     @classmethod
     def load(
         cls,
         base: str | Path | PreTrainedModel,
-        heads: str | Path | MedusaHeads | None = None,
-        tree: Tree | Rows[Rows[int]] | str | None = None,
+        heads: Heads = None,
+        tree: TreeLike = None,
         device: str = "cpu",
         dtype: str = "float32",
         max_batch_size: int = 16,
@@ -173,18 +185,9 @@ class Engine:
             backbone = Backbone(base)
         else:
             backbone = Backbone.load(str(base), torch_dtype, device, revision, quantization)
-        folder = None if isinstance(heads, MedusaHeads) or heads is None else Path(heads)
-        if folder is not None:
-            heads = MedusaHeads.load(folder, dtype=torch_dtype, device=device)
-        assert heads is None or isinstance(heads, MedusaHeads)
-        if heads is not None:
-            if heads.shares_output:
-                heads.init_from(backbone.output_weight_VC)
-            heads = heads.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
         engine = cls(
             backbone,
-            heads,
-            _as_tree(tree, heads, folder),
+            *guesser.load(backbone, heads, tree),
             max_batch_size,
             max_total_tokens,
             tree == "auto",
@@ -251,9 +254,10 @@ class Engine:
     def _replay_all(self) -> None:
         """Has the graph of every step captured now, rather than while a request waits, the largest first: the others
         find room in its memory."""
+        width = PagedCache.pages_for(len(self.tree))
         for rows in reversed(doublings(self.scheduler.max_batch_size)):
-            for tree in (*reversed(self.trees.values()), self._root_only):
-                self._time(self._dummy(rows, 0, []), tree, 0)
+            for tree in (*reversed(self.trees.values()), self.guesser.root_only):
+                self._time(self._dummy(rows, 0, width, []), self.guesser, tree, 0)
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -266,6 +270,7 @@ class Engine:
         """Moves prompts on by one pass; the end of each sequence that is cancelled or late, and the first token of
         each whose prompt this completes."""
         self._adopt()
+        self._bring_in()
         deltas = [(sequence, Delta.of(sequence, [], None)) for sequence in self.scheduler.end_early()]
         if deltas:
             self._drop(self.scheduler.release())
@@ -281,15 +286,18 @@ class Engine:
         if self._batch is None:
             return []
         started, deltas = time.perf_counter(), []
-        self._unread.append(self._launch(self._batch, self._pick_tree()))
+        tree = self._pick_tree()
+        if self._is_short:
+            tree = self.guesser.within(tree, self._room())
+        self._unread.append(self._launch(self._batch, tree))
         num_behind = int(self.lags and not self._batch.waits_for_host)
         while len(self._unread) > num_behind:
             step = self._unread.popleft()
             deltas += self._commit(step)
-            if self.sizer is not None:
+            if step.sizer is not None:
                 # From read to read, which is a step's time also where the next one runs meanwhile.
                 started, since = time.perf_counter(), started
-                self.sizer.took(len(step.sequences), len(step.tree), started - since)
+                step.sizer.took(len(step.sequences), len(step.tree), started - since)
         # Pages of those that have ended may have new owners at once, although an unread step still writes behind their
         # tokens: the device does what it is given in its order, and whatever the new owners write comes later.
         self._drop(self.scheduler.release())
@@ -300,7 +308,7 @@ class Engine:
         running = self.scheduler.running
         num_speculating = sum(sequence.request.speculates for sequence in running)
         if not num_speculating:
-            return self._root_only
+            return self.guesser.root_only
         if not self.is_adaptive:
             return self.tree
         sizer = self.sizer or self.measure()
@@ -311,7 +319,7 @@ class Engine:
         running = self.scheduler.running
         num_unread = sum(step.tree.depth + 1 for step in self._unread)  # tokens of a row, at most
         longest = max(sequence.num_cached for sequence in running) + num_unread
-        outcome = self._try(batch, tree, longest)
+        outcome = self._try(batch, tree, self.guesser.propose(batch.ahead, tree), longest)
         batch.ahead = Ahead(outcome.root_B, outcome.hidden_BC, outcome.length_B)
         hidden_BDC = None
         if any(sequence.request.capture_hidden for sequence in running):
@@ -321,11 +329,10 @@ class Engine:
         verdict_BX = outcome.verdict_BX.to("cpu", non_blocking=True)  # from a GPU into pinned memory
         device = outcome.verdict_BX.device
         event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        return Launched(list(running), tree, verdict_BX, hidden_BDC, event)
+        return Launched(list(running), tree, self.sizer, verdict_BX, hidden_BDC, event)
 
-    def _try(self, batch: Batch, tree: Tree, longest: int) -> Outcome:
+    def _try(self, batch: Batch, tree: Tree, token_BN: Tensor, longest: int) -> Outcome:
         """What the base says of the tree, and commits, all on the device. longest: cached tokens, at most."""
-        token_BN = self._propose(batch, tree)
         every_BN = self._node_N[: len(tree)].expand(len(token_BN), -1)
         table_BP = batch.table_BP[:, : PagedCache.pages_for(longest + len(tree))]
         outcome = self._run(
@@ -375,14 +382,6 @@ class Engine:
         # A compiled pass takes it for granted that tensors are contiguous.
         return Outcome(*self._pass(*(t.contiguous() for t in tensors), self.cache.keys, self.cache.values))
 
-    def _propose(self, batch: Batch, tree: Tree) -> Tensor:
-        """Token of each node: the root, then the heads' guesses."""
-        root_B1 = batch.ahead.root_B[:, None]
-        if self._guesser is None or len(tree) == 1:
-            return root_B1
-        guess_BHK = self._guesser.topk(batch.ahead.hidden_BC, tree.num_ranks)
-        return torch.cat([root_B1, guess_BHK.flatten(1)], 1)[:, tree.guess_N]
-
     def _commit(self, step: Launched) -> list[tuple[Sequence, Delta]]:
         """Takes the agreed tokens into each sequence."""
         tree, deltas, ends = step.tree, [], []
@@ -399,8 +398,8 @@ class Engine:
             self.counters.count(num_guesses, len(taken))
             deltas.append((sequence, Delta.of(sequence, taken, logprobs)))
             ends += [node] * sequence.request.speculates
-        if self.sizer is not None and ends:
-            self.sizer.learn(len(tree), ends)
+        if step.sizer is not None and ends:
+            step.sizer.learn(len(tree), ends)
         return deltas
 
     # ------------------------------------------------------------------------------- joining and leaving
@@ -427,7 +426,7 @@ class Engine:
             place_T,
             sees_TT,
             length_B[:, None] - 1,
-            *self._root_only.shape,
+            *self.guesser.root_only.shape,
             self._is_greedy[False],
         )
         for sequence, length in zip(group, lengths, strict=True):
@@ -440,17 +439,21 @@ class Engine:
             Ahead(outcome.root_B[whole], outcome.hidden_BC[whole], (done_B + length_B)[whole]),
         )
 
-    def _start(
-        self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead
-    ) -> list[tuple[Sequence, Delta]]:
+    def _start(self, group: list[Sequence], logits_B1V: Tensor, ahead: Ahead) -> list[tuple[Sequence, Delta]]:
         """Commits the first token of sequences and adds their rows to the batch. ahead: where all are greedy."""
         if not group:
             return []
         sampling, history = self._sampling(group)
         last_B1 = torch.tensor([s.request.prompt_ids[-1:] for s in group], device=logits_B1V.device)
-        allowed_B1V = self._allowed(group, sampling, last_B1, self._root_only)
+        allowed_B1V = self._allowed(group, sampling, last_B1, self.guesser.root_only)
         verdict = decide(
-            logits_B1V, last_B1, ahead.length_B[:, None], self._root_only, sampling, history, allowed_B1V
+            logits_B1V,
+            last_B1,
+            ahead.length_B[:, None],
+            self.guesser.root_only,
+            sampling,
+            history,
+            allowed_B1V,
         )
         deltas = []
         for row, (sequence, packed) in enumerate(zip(group, verdict.pack().tolist(), strict=True)):
@@ -482,6 +485,7 @@ class Engine:
             width = max(len(sequence.pages) for sequence in sequences)
             table_BP = self.cache.page_table([sequence.pages for sequence in sequences], width)
             self._batch = Batch(ahead, table_BP, *self._sampling(sequences))
+            self._is_short = any(s.num_slack < self.scheduler.num_slack for s in sequences)
         else:
             self._unread.clear()  # it says nothing of anybody who is still here
 
@@ -495,6 +499,73 @@ class Engine:
         replies = [s.token_ids if s.request.is_penalised else [] for s in sequences]
         return sampling, History.of(prompts, replies, self.vocab_size, device)
 
+    # ------------------------------------------------------------------------------------------- heads and tree
+
+    def swap(self, heads: Heads = None, tree: TreeLike = None) -> None:
+        """Takes these heads and this tree, as `load` does, in place of those it has: between two steps.
+
+        Requests that run go on, with the same replies. What takes long happens here, in the caller's thread, or beside
+        the steps, one measured pass after each. Returns once it is done. Safe to call from any thread after `start`;
+        before, only from the one that steps. Raises ValueError or OSError when they cannot be had or do not fit, and
+        RuntimeError when the engine fails; it then goes on with what it has.
+        """
+        with self._swapping:
+            new = Guesser.of(self.backbone, *guesser.load(self.backbone, heads, tree), tree == "auto")
+            self._check_memory(new.tree)
+            self._coming = coming = self._arrival(new)
+            if self.failure is not None:  # looked at after that, and so after the thread's last look
+                raise RuntimeError(f"the engine has failed: {self.failure}")
+            while self._thread is None and not coming.taken_over.done():
+                self._bring_in()
+            self.scheduler.work.set()  # an engine without requests sleeps
+            coming.taken_over.result()
+
+    def _check_memory(self, tree: Tree) -> None:
+        longest = self.max_total_tokens + self._num_slack(tree)
+        if PagedCache.pages_for(longest) > self.cache.num_pages:
+            raise ValueError(
+                f"a request of max_total_tokens {self.max_total_tokens} and the tree's {len(tree) - 1} guesses "
+                f"take more than the {self.cache.num_pages * PAGE_SIZE} tokens of the cache, which was made for the "
+                "tree at the start. Swap in a smaller tree, or start the engine with this one."
+            )
+
+    def _num_slack(self, tree: Tree) -> int:
+        """Behind its last token a row has the guesses, and before them what an unread step may have committed."""
+        return len(tree) + (tree.depth + 1) * self.lags
+
+    def _arrival(self, new: Guesser) -> Coming:
+        # Graphs are captured by the first pass of their shape, which is not to be one that a request waits for.
+        repeats = REPEATS if new.is_adaptive else int(self.mode == "graphs")
+        times: StepTimes = {}
+        return Coming(new, times, self._timing(times, new, MEASURED_CONTEXT, repeats))
+
+    def _bring_in(self) -> None:
+        """Measures one more pass for the guesser that is coming, or takes it over when all are measured."""
+        if (coming := self._coming) is None:
+            return
+        try:
+            for _ in coming.timing:
+                return
+        except Exception as error:  # of its heads, for passes of the base are as before
+            self._coming = None
+            coming.taken_over.set_exception(error)
+            return
+        self.guesser, tree = coming.guesser, coming.guesser.tree
+        self.sizer = TreeSizer(tree, coming.times) if self.is_adaptive else None
+        per_position = self.counters.num_accepted_tokens_per_pos
+        per_position += [0] * (tree.depth - len(per_position))
+        # Rows that run keep the room that they were given when they joined.
+        self.scheduler.num_slack = self._num_slack(tree)
+        self._is_short = any(s.num_slack < self.scheduler.num_slack for s in self.scheduler.running)
+        self._coming = None
+        coming.taken_over.set_result(None)
+
+    def _room(self) -> int:
+        """Nodes of the next step that every running row has pages for, and after them for a root at least."""
+        unread = sum(step.tree.depth + 1 for step in self._unread) + self.lags
+        rows = (len(sequence.pages) * PAGE_SIZE - sequence.num_cached for sequence in self.scheduler.running)
+        return min(rows) - unread
+
     # ------------------------------------------------------------------------------------------- cost
 
     def measure(self) -> TreeSizer:
@@ -502,38 +573,65 @@ class Engine:
         self.sizer = TreeSizer(self.tree, self.step_times())
         return self.sizer
 
-    @torch.inference_mode()
-    def step_times(self, context: int = 128, repeats: int = 4) -> StepTimes:
-        """Seconds of a greedy step by rows and nodes, with so many cached tokens a row; the best of the repeats.
-
-        The rows are nobody's, and their pages free ones: rows that shared one would find it in the processor's cache.
-        """
-        most, width = self.scheduler.max_batch_size, PagedCache.pages_for(context + len(self.tree))
-        pages = self.cache.take(min(most * width, self.cache.num_free_pages))
-        batches = {rows: self._dummy(rows, context, pages[: rows * width]) for rows in doublings(most)}
-        times: StepTimes = {rows: dict.fromkeys(self.trees, math.inf) for rows in batches}
-        # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
-        for rows, size in [*itertools.product(batches, self.trees)] * repeats:
-            batch, tree = batches[rows], self.trees[size]
-            self._time(batch, tree, context)  # steps come in runs of a size, which find its code and scratch warm
-            times[rows][size] = min(times[rows][size], self._time(batch, tree, context))
-        self.cache.give_back(pages)
+    def step_times(self, context: int = MEASURED_CONTEXT, repeats: int = REPEATS) -> StepTimes:
+        """Seconds of a greedy step by rows and nodes, with so many cached tokens a row; the best of the repeats."""
+        times: StepTimes = {}
+        for _ in self._timing(times, self.guesser, context, repeats):
+            pass
         return times
 
-    def _dummy(self, num_rows: int, context: int, pages: list[int]) -> Batch:
-        """So many rows with pages of their own while they last, and the null page after that."""
+    def _timing(self, times: StepTimes, of: Guesser, context: int, repeats: int) -> Iterator[None]:
+        """Fills `times` in by a pass at a time, between which steps may run.
+
+        The rows are nobody's, and their pages blank ones: rows that shared one would find it in the processor's cache.
+        """
+        numbers_of_rows, width = (
+            doublings(self.scheduler.max_batch_size),
+            PagedCache.pages_for(context + len(of.tree)),
+        )
+        times |= {rows: dict.fromkeys(of.trees, math.inf) for rows in numbers_of_rows}
+        # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
+        for rows, (size, tree) in [*itertools.product(numbers_of_rows, of.trees.items())] * repeats:
+            pages = self.cache.take(min(rows * width, self.cache.num_blank_pages))
+            try:
+                batch = self._dummy(rows, context, width, pages)
+                self._time(
+                    batch, of, tree, context
+                )  # steps come in runs of a size, which find its code and scratch warm
+                times[rows][size] = min(times[rows][size], self._time(batch, of, tree, context))
+            finally:
+                self.cache.give_back(pages)
+            yield
+
+    def _dummy(self, num_rows: int, context: int, width: int, pages: list[int]) -> Batch:
+        """So many rows with `width` pages of their own while they last, and the null page after that."""
         token_B = torch.zeros(num_rows, dtype=torch.long, device=self.backbone.device)
         hidden_BC = torch.zeros(num_rows, self.hidden_size, dtype=self.backbone.dtype, device=token_B.device)
-        width = PagedCache.pages_for(context + len(self.tree))
         rows = [pages[row * width : (row + 1) * width] for row in range(num_rows)]
         table_BP = self.cache.page_table(rows, width)
         sampling = Sampling.of([Settings()] * num_rows, [0] * num_rows, self.vocab_size, token_B.device)
         return Batch(Ahead(token_B, hidden_BC, token_B + context), table_BP, sampling, None)
 
-    def _time(self, batch: Batch, tree: Tree, context: int) -> float:
+    @torch.inference_mode()
+    def _time(self, batch: Batch, of: Guesser, tree: Tree, context: int) -> float:
         started = time.perf_counter()
-        self._try(batch, tree, context).verdict_BX.tolist()
+        token_BN = of.propose(batch.ahead, tree)
+        self._try(batch, tree, token_BN, context).verdict_BX.tolist()
         return time.perf_counter() - started
+
+    def warm_up(self) -> None:
+        """Runs a first request of each kind, so that no user's waits for what is done once. Nothing is counted of it,
+        nor learnt. Before anything streams."""
+        counters, guesser, sizer = self.counters, self.guesser, self.sizer
+        self.counters = Counters(num_accepted_tokens_per_pos=[0] * self.tree.depth)
+        self.guesser, self.sizer = replace(guesser, trees={len(self.tree): self.tree}), None
+        try:
+            num_tokens = min(self.max_total_tokens - 1, self.tree.depth + 3)
+            kinds: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 0}, {"logprobs": 0})
+            for settings in kinds:
+                self.generate([[0]], num_tokens, ignore_eos=True, **settings)
+        finally:
+            self.counters, self.guesser, self.sizer = counters, guesser, sizer
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -604,9 +702,7 @@ class Engine:
         self._readers[sequence] = (asyncio.get_running_loop(), queue)
         try:
             self._queue(sequence)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
-                self._thread.start()
+            self.start()
             while True:
                 delta = await queue.get()
                 if isinstance(delta, Exception):
@@ -618,18 +714,28 @@ class Engine:
             self._readers.pop(sequence, None)
             self.cancel(sequence)
 
+    def start(self) -> None:
+        """Lets the engine's own thread do the steps from now on, as `stream` does. Not for several threads."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
+            self._thread.start()
+
     def _serve(self) -> None:
         """Body of the engine's thread: steps while there is work, and sleeps while there is none."""
         while self.failure is None:
-            self.scheduler.work.wait()
+            if self._coming is None:
+                self.scheduler.work.wait()
             try:
                 # At once: a first token is not to wait for a step it has no part in.
                 self._send(self._take_in())
                 self._send(self._move_on())
+                self.last_step_s = time.monotonic()
             except Exception as error:
                 self.failure = error
                 failed = RuntimeError(f"the engine has failed: {error}")
                 self._send([(sequence, failed) for sequence in list(self._readers)])
+                if self._coming is not None:
+                    self._coming.taken_over.set_exception(failed)
 
     def _send(self, items: Rows[tuple[Sequence, Delta | Exception]]) -> None:
         """To those that read a stream, waking each event loop once."""
@@ -645,6 +751,24 @@ class Engine:
     @property
     def model(self) -> PreTrainedModel:
         return self.backbone.model
+
+    @property
+    def heads(self) -> MedusaHeads | None:
+        return self.guesser.heads
+
+    @property
+    def tree(self) -> Tree:
+        """The largest that a step may take."""
+        return self.guesser.tree
+
+    @property
+    def trees(self) -> dict[int, Tree]:
+        """Those that a step may choose from, by number of nodes."""
+        return self.guesser.trees
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.guesser.is_adaptive
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -676,16 +800,6 @@ class Engine:
         return len(self.scheduler.waiting) + len(self.scheduler.joining)
 
 
-def tree_sizes(largest: int) -> list[int]:
-    """Nodes of the trees that an adaptive step chooses from, the root counted: 1, 2, 3, 5, 9, 17 ... and all."""
-    return sorted({1, largest, *(1 + num for num in doublings(largest - 1))})
-
-
-def doublings(largest: int) -> list[int]:
-    """1, 2, 4, 8 ... and the largest itself."""
-    return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest] if largest else []
-
-
 def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int | None) -> None:
     for name, count, least in (
         ("max_batch_size", max_batch_size, 1),
@@ -694,46 +808,6 @@ def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int |
     ):
         if not is_whole(count) or count < least:
             raise ValueError(f"{name} is {count!r}; expected a whole number, at least {least}.")
-
-
-def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> None:
-    if Tree.from_paths(tree.paths).paths != tree.paths:
-        raise ValueError("the tree has children before their parents; make it by Tree.from_paths.")
-    if heads is None:
-        if tree.paths:
-            raise ValueError(f"a tree of {len(tree.paths)} guesses needs heads, but none were given.")
-        return
-    for what, ours, theirs in (
-        ("hidden size", heads.hidden_size, backbone.hidden_size),
-        ("vocabulary", heads.vocab_size, backbone.vocab_size),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"the heads have a {what} of {ours}, but the base has {theirs}: they were trained for another base."
-            )
-    if tree.depth > heads.num_heads:
-        raise ValueError(
-            f"the tree is {tree.depth} deep, but there are only {heads.num_heads} heads; shorten its paths."
-        )
-    if tree.num_ranks > heads.draft_vocab_size:
-        raise ValueError(
-            f"the tree asks for rank {tree.num_ranks - 1}, counted from 0, but the heads guess only "
-            f"{heads.draft_vocab_size} tokens; leave its higher ranks out."
-        )
-
-
-def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree | None:
-    """What the caller named, or None for the default."""
-    if isinstance(tree, Tree):
-        return tree
-    if tree == "chain":
-        return Tree.chain(heads.num_heads) if heads else Tree()
-    if isinstance(tree, str) and tree != "auto":
-        raise ValueError(f'tree is {tree!r}; expected "auto", "chain", rank paths or a Tree.')
-    if tree is not None and tree != "auto":
-        return Tree.from_paths(tree)
-    file = folder / "tree.json" if folder else None
-    return Tree.load(file) if file is not None and file.exists() else None
 
 
 def _put_all(items: list[tuple[asyncio.Queue[Any], Any]]) -> None:

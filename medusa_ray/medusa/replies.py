@@ -19,6 +19,7 @@ class Delta:
     accepted_histogram: list[int]  # [j]: steps so far that committed j guesses
     num_guesses: int = 0  # so far
     logprobs: list[Logprob] | None = None  # of each token, when asked for
+    queue_s: float = 0.0  # that the request waited
 
     @classmethod
     def of(cls, sequence: Sequence, taken: list[int], logprobs: list[Logprob] | None) -> "Delta":
@@ -29,7 +30,13 @@ class Delta:
             sequence.logprobs += kept
         histogram = list(sequence.accepted_histogram)
         return cls(
-            taken, sequence.finish_reason, sequence.num_steps, histogram, sequence.num_guesses, kept
+            taken,
+            sequence.finish_reason,
+            sequence.num_steps,
+            histogram,
+            sequence.num_guesses,
+            kept,
+            sequence.queue_s,
         )
 
 

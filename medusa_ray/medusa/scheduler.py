@@ -82,12 +82,14 @@ class Sequence:
     hidden_parts: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None  # stop | length | deadline | cancelled
     is_cancelled: bool = False  # by `Scheduler.cancel`; the step after that ends it
+    came_s: float = field(default_factory=time.monotonic)
+    queue_s: float = 0.0  # from then to its joining
     ends_by_s: float = math.inf  # on the monotonic clock
 
     def __post_init__(self) -> None:
         self.seed = random.getrandbits(62) if self.request.seed is None else self.request.seed
         if self.request.deadline_s is not None:
-            self.ends_by_s = time.monotonic() + self.request.deadline_s
+            self.ends_by_s = self.came_s + self.request.deadline_s
 
     def end_early(self, now_s: float) -> bool:
         """Ends it if it was cancelled or is past its deadline; returns whether."""
@@ -106,6 +108,11 @@ class Sequence:
     def num_cached(self) -> int:
         """Tokens whose keys and values are in the cache: all but the root."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
+
+    @property
+    def num_slack(self) -> int:
+        """Slots that its pages have beyond its last token."""
+        return len(self.pages) * PAGE_SIZE - len(self.request.prompt_ids) - self.request.max_new_tokens
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -154,6 +161,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.joining: list[Sequence] = []  # they hold pages, and their prompts are on the way into these
         self.running: list[Sequence] = []
+        self.num_queried_tokens = 0  # of the prompts that have joined
+        self.num_shared_tokens = 0  # of those, the ones that were in the cache already
         self.work = threading.Event()  # set while somebody waits or runs
         self._lock = threading.Lock()  # for what `add` and `cancel` change
         self._look_at_s = math.inf  # not before then has anybody to go who waits
@@ -211,6 +220,9 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.pages = shared + self.cache.take(num_pages - len(shared))
             sequence.num_prefilled = len(shared) * PAGE_SIZE
+            sequence.queue_s = time.monotonic() - sequence.came_s
+            self.num_queried_tokens += len(request.prompt_ids)
+            self.num_shared_tokens += sequence.num_prefilled
             self.joining.append(sequence)
 
     def next_group(self, max_tokens: int) -> list[Sequence]:

@@ -88,3 +88,8 @@ class TreeSizer:
             self._num_seen[node] = min(self._num_seen[node] + len(ends), MEMORY)
             weight = min(1.0, len(ends) / self._num_seen[node])
             self.chances[node] += weight * (hits[node] / len(ends) - self.chances[node])
+
+
+def doublings(largest: int) -> list[int]:
+    """1, 2, 4, 8 ... and the largest itself."""
+    return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest] if largest else []

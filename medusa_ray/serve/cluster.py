@@ -4,6 +4,7 @@ import logging
 import socket
 import time
 import urllib.request
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -12,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 
-from medusa_ray.config import ServeConfig, UserError
+from medusa_ray.config import ServeConfig, Strict, UserError
 from medusa_ray.serve.app import application
 
 log = logging.getLogger("medusa_ray")
@@ -45,11 +46,19 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     if not serve.status().proxies:
         _check_port_is_free(http.host, http.port)
     targets = [
-        serve.RunTarget(application(app), app.name, app.route_prefix, config.logging_config or None)
+        serve.RunTarget(
+            application(app), app.name, app.route_prefix, _given(app.logging_config), app.external_scaler_enabled
+        )
         for app in config.applications
     ]
     try:
-        serve.start(config.proxy_location, http.model_dump())
+        serve.start(
+            config.proxy_location,
+            http.model_dump(),
+            logging_config=_given(config.logging_config),
+            tracing_config=_given(config.tracing_config),
+            controller_options=_given(config.controller_options),
+        )
     except (RayActorError, TimeoutError):
         # Ray Serve gives up on a proxy that a busy machine starts slowly, but its controller starts another.
         log.warning("serve waits for a proxy that did not start in time")
@@ -89,10 +98,18 @@ def direct_url(url: str) -> str:
     return parts._replace(netloc=f"{parts.hostname}:{targets[0]['port']}").geturl()
 
 
-def shutdown() -> None:
-    """Ends every application. Ray Serve's own processes end with Ray."""
+def shutdown(timeout_s: float = 20) -> None:
+    """Ends every application, replies under way after `timeout_s`. Ray Serve's own processes end with Ray."""
     for name in serve.status().applications:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
+    deadline_s = time.monotonic() + timeout_s
+    while serve.status().applications and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+
+
+def _given(options: Strict | None) -> dict[str, Any] | None:
+    """What the file says of these options; the rest is Ray Serve's."""
+    return options.model_dump(exclude_unset=True) if options else None
 
 
 def _not_running(config: ServeConfig) -> list[str]:

@@ -1,56 +1,147 @@
-"""The routes of one server: JSON in, JSON or a stream of events out, every error in OpenAI's shape. Knows no Ray."""
+"""The routes of one server: JSON in, JSON or a stream of events out, errors in the shape of the route's protocol.
+
+Knows no Ray.
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from medusa_ray import openai_api
-from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest, Envelope
+from medusa_ray import openai_api, tgi_api
+from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest
+from medusa_ray.serve.calls import Call
+from medusa_ray.serve.front import Front, error_response, internal_error
 from medusa_ray.serve.metrics import Metrics
-from medusa_ray.serve.server import RETRY_AFTER_S, Piece, Server
+from medusa_ray.serve.server import AnyEnvelope, AnyRequest, Piece, Server
+from medusa_ray.tgi_api import GenerateRequest
 
-MAX_BODY_BYTES = 2 * 2**20
+log = logging.getLogger("medusa_ray")
 
 Result = TypeVar("Result")
 
 
-def build_api(server: Server) -> FastAPI:
-    """The routes of one server, every error in OpenAI's shape."""
+# ------------------------------------------------------------------------------------------------ protocols
+
+
+@dataclass(frozen=True)
+class Route:
+    """How requests for a reply are read and answered at one path."""
+
+    kind: type[AnyRequest]
+    parse: Callable[[bytes], AnyRequest]
+    envelope: Callable[[Any, Server], AnyEnvelope]
+    error: Callable[[ApiError], tuple[int, dict[str, Any]]]
+    error_events: Callable[[ApiError], str]
+    lists: bool = False  # a whole reply stands in a list, as at TGI's oldest route
+
+
+def _openai(kind: type[ChatRequest] | type[CompletionRequest]) -> Route:
+    return Route(
+        kind,
+        partial(openai_api.parse, kind),
+        lambda request, _: openai_api.Envelope(request),
+        openai_api.error_body,
+        openai_api.error_events,
+    )
+
+
+def _tgi(stream: bool | None) -> Route:
+    return Route(
+        GenerateRequest,
+        partial(tgi_api.parse, stream=stream),
+        lambda request, server: tgi_api.Envelope(request, server.chat),
+        tgi_api.error_body,
+        tgi_api.error_events,
+        lists=stream is None,
+    )
+
+
+ROUTES = {
+    "/v1/chat/completions": _openai(ChatRequest),
+    "/v1/completions": _openai(CompletionRequest),
+    "/generate": _tgi(stream=False),
+    "/generate_stream": _tgi(stream=True),
+    "/": _tgi(stream=None),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply on its way: pieces that the envelope makes a body or events of."""
+
+    request: AnyRequest
+    envelope: AnyEnvelope
+    pieces: AsyncGenerator[Piece]
+
+    @classmethod
+    def to(cls, server: Server, route: Route, body: bytes, call: Call) -> "Answer":
+        """Raises ApiError for what is no request of the route; what cannot be served, its first piece raises."""
+        request = route.parse(body)
+        call.model = request.model or server.args.model_id
+        if server.args.log_prompts:
+            call.prompt, call.reply = getattr(request, request.input_field), ""
+            if isinstance(request, ChatRequest):
+                call.prompt = request.chat
+        envelope = route.envelope(request, server)
+        return cls(request, envelope, server.logged(server.answer(request, call), request, envelope))
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        async with aclosing(self.pieces):
+            texts = [(text, reply) async for text, reply in self.pieces]
+        return self.envelope.body("".join(text for text, _ in texts), texts[-1][1])
+
+
+# ------------------------------------------------------------------------------------------------ routes
+
+
+def build_api(server: Server, tells_id: bool = True) -> FastAPI:
+    """The routes of one server. tells_id: as in Front()."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(server.close)
 
-    api = FastAPI(title="medusa_ray", openapi_url=None, lifespan=lifespan)
+    api = FastAPI(
+        title="medusa_ray", version=version("medusa_ray"), docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     registry = CollectorRegistry()
     registry.register(Metrics(server))  # type: ignore[arg-type]  # a collector is anything with `collect`
 
-    @api.post("/v1/chat/completions")
-    async def chat_completions(http: HttpRequest) -> Response:
-        return await _respond(server, http, ChatRequest)
-
-    @api.post("/v1/completions")
-    async def completions(http: HttpRequest) -> Response:
-        return await _respond(server, http, CompletionRequest)
+    for path, route in ROUTES.items():
+        schema = {"$ref": f"#/components/schemas/{route.kind.__name__}"}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        api.add_api_route(
+            path, _replies(server, route), methods=["POST"], name=path, openapi_extra={"requestBody": body}
+        )
 
     @api.get("/v1/models")
     async def models() -> Response:
         return JSONResponse(openai_api.model_list(server.names))
 
     @api.get("/health")
-    async def health() -> Response:
+    @api.get("/ping")
+    async def health(http: HttpRequest) -> Response:
         try:
-            server.check_health()
+            await server.check_health()
         except RuntimeError as error:
-            return _error(ApiError(503, str(error), code="engine_failed"))
+            return error_response(ApiError(503, str(error), code="engine_failed"), http.scope["call"])
         return JSONResponse({"status": "ok"})
 
     @api.get("/info")
@@ -63,62 +154,89 @@ def build_api(server: Server) -> FastAPI:
 
     @api.exception_handler(HTTPException)
     async def no_such_route(http: HttpRequest, error: HTTPException) -> Response:
-        return _error(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}."))
+        message = f"{http.method} {http.url.path}: {error.detail}."
+        return error_response(ApiError(error.status_code, message), http.scope["call"])
 
+    api.openapi = partial(_openapi, api)  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    api.add_middleware(Front, server=server, tells_id=tells_id)
+    if server.args.cors_origins:  # before the key is asked for, since a browser's first question has none
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.args.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
     return api
 
 
-async def _respond(
-    server: Server, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]
-) -> Response:
-    """One reply, whole or as a stream. Errors that come before the first token get their own status."""
-    try:
-        request = openai_api.parse(kind, await _body(http))
-        envelope = Envelope(request)
-        pieces = server.logged(server.answer(request), request, envelope)
-        if request.stream:
-            first = await _unless_gone(http, anext(pieces))
-            return EventStream(first, pieces, envelope)
-        return JSONResponse(await _unless_gone(http, _whole(pieces, envelope)))
-    except ApiError as error:
-        return _error(error)
+def _openapi(api: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document. Routes read their bodies themselves, so the schemas of these come from here."""
+    kinds = [(kind, "validation") for kind in {route.kind: None for route in ROUTES.values()}]
+    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    document = get_openapi(title=api.title, version=api.version, routes=api.routes)
+    document.setdefault("components", {})["schemas"] = schemas["$defs"]
+    return document
 
 
-async def _whole(pieces: AsyncGenerator[Piece], envelope: Envelope) -> dict[str, Any]:
-    async with aclosing(pieces):
-        texts = [(text, reply) async for text, reply in pieces]
-    return envelope.body("".join(text for text, _ in texts), texts[-1][1])
+def _replies(server: Server, route: Route) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def replies(http: HttpRequest) -> Response:
+        """One reply, whole or as a stream. Errors that come before the first token get their own status."""
+        call: Call = http.scope["call"]
+        call.is_for_reply = True
+        try:
+            answer = Answer.to(server, route, await _body(http, server.args.payload_limit), call)
+            if answer.request.stream:
+                first = await _unless_gone(http, anext(answer.pieces))
+                return EventStream(first, answer, route, call)
+            whole = await _unless_gone(http, answer.whole())
+            return JSONResponse([whole] if route.lists else whole)
+        except ApiError as error:
+            return error_response(error, call, route.error)
+
+    return replies
 
 
 class EventStream(StreamingResponse):
     """The events of one reply. When the client hangs up, the request is cancelled at once."""
 
-    def __init__(self, first: Piece, pieces: AsyncGenerator[Piece], envelope: Envelope) -> None:
-        self._first, self._pieces, self._envelope = first, pieces, envelope
-        super().__init__(self._events(), media_type="text/event-stream")
+    def __init__(self, first: Piece, answer: Answer, route: Route, call: Call) -> None:
+        self._first, self._answer, self._route, self._call = first, answer, route, call
+        super().__init__(self._events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self._pieces):
+        async with aclosing(self._answer.pieces):
             await super().__call__(scope, receive, send)
 
     async def _events(self) -> AsyncIterator[str]:
-        if event := self._envelope.events(*self._first):
-            yield event
+        events = self._answer.envelope.events
         try:
-            async for text, reply in self._pieces:
-                if event := self._envelope.events(text, reply):
+            if event := events(*self._first):
+                yield event
+            async for text, reply in self._answer.pieces:
+                if event := events(text, reply):
                     yield event
         except ApiError as error:
-            yield openai_api.error_events(error)
+            self._call.error = error.code
+            yield self._route.error_events(error)
+        except Exception:
+            log.exception("request %s to %s failed", self._call.id, self._call.route)
+            self._call.error = "internal_error"
+            yield self._route.error_events(internal_error(self._call))
 
 
-async def _body(http: HttpRequest) -> bytes:
-    body = b""
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-    return body
+async def _body(http: HttpRequest, limit: int) -> bytes:
+    body = bytearray()
+    try:
+        async for part in http.stream():
+            body += part
+            if len(body) > limit:
+                raise ApiError(
+                    413, f"The body has more than {limit} bytes (payload_limit).", code="too_large"
+                )
+    except ClientDisconnect:
+        raise ApiError(499, "The client hung up before the request was whole.", code="gone") from None
+    return bytes(body)
 
 
 async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
@@ -128,7 +246,7 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(499, "The client hung up before the reply was ready.")
+        raise ApiError(499, "The client hung up before the reply was ready.", code="gone")
     finally:
         for task in (working, gone):
             task.cancel()
@@ -138,8 +256,3 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
 async def _hung_up(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _error(error: ApiError) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return JSONResponse(error.body, error.status, headers)
