@@ -6,6 +6,7 @@ tells what it adds to the delays that it was told, a few tenths of a millisecond
 
 import http.client
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from medusa_ray import bench, provenance, report
 from medusa_ray.config import TrafficConfig
 from medusa_ray.report.numbers import drawn_rate, latency_s, tokens, tpot_ms, ttft_ms
 from medusa_ray.report.samples import Drawn, Samples
-from medusa_ray.serve.cluster import free_port
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
@@ -38,7 +38,8 @@ WITHIN = 0.03
 @contextmanager
 def mock_server(**options: float) -> Iterator[str]:
     """URL of GuideLLM's mock server with these options, names with underscores."""
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     line = [sys.executable, "-m", "guidellm", "mock-server", "--port", str(port), "--host", "127.0.0.1"]
     with tempfile.TemporaryFile() as log:
