@@ -65,6 +65,8 @@ def run(config: TrafficConfig) -> str:
             targets.warm_up(name, target, prompts, config)
         clear(config.output)
         before = {name: targets.replicas(target) for name, target in config.targets.items()}
+        for name in [name for name, found in before.items() if found and found[2]]:
+            LOG.warning("the replicas of %s follow the load; set num_replicas, or nothing can be compared", name)
         measured = measure(config, prompts, client, Path(folder))
         after = {name: targets.replicas(target) for name, target in config.targets.items()}
     parts.write(config.output, "requests", pa.Table.from_pylist(measured.rows, schema=records.REQUESTS))
