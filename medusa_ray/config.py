@@ -477,6 +477,11 @@ class SweepConfig(Strict):
                     f"evaluate.sweep.acceptance has {acceptance!r}; expected exact, typical, or typical=EPSILON/ALPHA "
                     "such as typical=0.09/0.3."
                 )
+        if self.acceptance != ["exact"] and not any(self.temperatures):
+            raise ValueError(
+                f"evaluate.sweep.acceptance is {self.acceptance}, but evaluate.sweep.temperatures is "
+                f"{self.temperatures}: greedy replies are always exact. Add a temperature above 0."
+            )
         return self
 
 
