@@ -22,8 +22,8 @@ from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.openai_api import ChatRequest
 from medusa_ray.serve import Server, build_api
-from medusa_ray.serve.cluster import application
 from medusa_ray.serve.calls import Call
+from medusa_ray.serve.cluster import application
 
 CONFIGS = Path(__file__).parent.parent / "serve_configs"
 SERVE_FILES = [
