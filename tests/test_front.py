@@ -207,6 +207,7 @@ def test_a_request_is_a_line_of_json_without_what_was_said(
 
 def test_limits_are_the_files_own_and_are_told_by_name(chat: Chat) -> None:
     limits = {"max_input_tokens": 20, "max_stop_sequences": 1, "payload_limit": 300}
+    limits |= {"max_batch_size": 4, "max_concurrent_requests": 6}
     client = client_of(engine_of(chat), chat, **limits)
     for url, body, says in (
         ("/v1/completions", {"model": "medusa", "prompt": "x" * 21}, "prompt has 21 tokens, but at most 20"),
@@ -214,6 +215,7 @@ def test_limits_are_the_files_own_and_are_told_by_name(chat: Chat) -> None:
         ("/v1/completions", {"model": "medusa", "prompt": "x", "stop": ["a", "b"]}, "stop has 2 strings"),
         ("/generate", {"inputs": "x", "parameters": {"stop": ["a", "b"]}}, "parameters.stop has 2 strings"),
         ("/v1/completions", {"model": "medusa", "prompt": ["x"] * 5}, "at most 4 (max_client_batch_size)"),
+        ("/v1/completions", {"model": "medusa", "prompt": ["x"] * 4, "n": 2}, "no more than 6 (max_concurrent"),
         ("/v1/completions", {"model": "medusa", "prompt": "x" * 300}, "more than 300 bytes (payload_limit)"),
         ("/generate", {"inputs": "x" * 300}, "more than 300 bytes (payload_limit)"),
     ):

@@ -205,8 +205,14 @@ class Server:
                 f"prompt has {num_prompts} prompts, but at most {limit} (max_client_batch_size) are taken."
             )
             raise ApiError(400, message, "prompt")
-        # A refusal under overload is not to cost a tokenisation.
-        self.engine.check_room(num_prompts * request.num_choices)
+        num_replies = num_prompts * request.num_choices
+        if num_replies > (limit := self.args.max_concurrent_requests):
+            message = (
+                f"n is {request.num_choices} for each of {num_prompts} prompts, together {num_replies} replies, but no "
+                f"more than {limit} (max_concurrent_requests) run or wait here; ask for fewer at a time."
+            )
+            raise ApiError(400, message, "n")
+        self.engine.check_room(num_replies)  # a refusal under overload is not to cost a tokenisation
         groups = []
         for prompt_ids in await self._tokenized(request):
             first = Request(
