@@ -4,8 +4,9 @@ Training and serving drift apart silently when two places render: a second BOS o
 still trains, and only acceptance drops.
 """
 
-import itertools
+import json
 import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -194,17 +195,15 @@ class Chat:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        longest_first = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
-    def _plain_backend(self) -> Tokenizer:
-        """The tokenizer, but that special tokens in a text are text to it."""
-        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+    def _renamed(self) -> tuple[Tokenizer, dict[str, str]]:
+        """The tokenizer with other names for its special tokens, and these names."""
+        text, names = with_secret_names(self.tokenizer)
+        return Tokenizer.from_str(text), names
 
     def _marked(self, values: Any) -> tuple[Any, str | None]:
         """Strings, lists and objects with a mark behind the first character of each special token, and that mark; the
@@ -224,24 +223,10 @@ class Chat:
         return _map_texts(values, put_marks), mark
 
     def _ids_of_marked(self, text: str, mark: str) -> list[int]:
-        """Ids of a rendered chat. What stands between two special tokens of the template and has a mark is text."""
-        ids: list[int] = []
-        start = 0  # of what has no mark, from the last that had one
-        borders = [
-            0,
-            *(border for found in self._special.finditer(text) for border in found.span()),
-            len(text),
-        ]
-        for begin, end in itertools.pairwise(borders):
-            if mark in text[begin:end]:
-                ids += self._template_ids(text[start:begin])
-                plain = text[begin:end].replace(mark, "")
-                ids += self._plain_backend.encode(plain, add_special_tokens=False).ids
-                start = end
-        return ids + self._template_ids(text[start:])
-
-    def _template_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        """Ids of a rendered chat: of its special tokens those without a mark are some."""
+        backend, names = self._renamed
+        renamed = self._special.sub(lambda found: names[found[0]], text).replace(mark, "")
+        return list(backend.encode(renamed, add_special_tokens=False).ids)
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
@@ -250,6 +235,23 @@ class Chat:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}"
             ) from error
+
+
+def with_secret_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, str]]:
+    """The JSON of a tokenizer that finds special tokens by names that no text has; and these names, by the tokens'."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = [token["content"] for token in spec["added_tokens"] if token["special"]]
+    names = {text: f"<|{uuid.uuid4().hex}|>" for text in special}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, dict):
+        spec["model"]["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
+    else:  # unigram: pairs of a text and its score
+        spec["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+    if spec["model"].get("unk_token") in names:
+        spec["model"]["unk_token"] = names[spec["model"]["unk_token"]]
+    return json.dumps({**spec, "post_processor": None, "truncation": None, "padding": None}), names
 
 
 def _texts(value: Any) -> Iterator[str]:

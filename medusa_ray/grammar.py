@@ -8,7 +8,6 @@ import asyncio
 import json
 import re
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from medusa_ray.chat import with_secret_names
+
 MAX_CHARACTERS = 65536  # of a schema as JSON
 MAX_REGEX_CHARACTERS = 4096
 MAX_DEPTH = 48  # of lists and objects in a schema
@@ -30,8 +31,8 @@ MAX_CHOICES = 1000
 MAX_MULTIPLE = 10_000
 COMPILE_TIMEOUT_S = 5.0
 NUM_COMPILING = 2
-NUM_KEPT = 64
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 1 to 2 kB a state
+NUM_KEPT = 32
+LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)  # 0.6 kB a state
 # White space as models write it on one line. More of it would let a reply be nothing else until its tokens run out.
 JSON_OPTIONS: Any = {"whitespace_pattern": "[ ]?"}
 
@@ -131,12 +132,13 @@ def _check_size(size: int) -> None:
         raise GrammarError(f"it has {size} characters; expected at most {MAX_CHARACTERS}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
     """A grammar for one vocabulary: a matcher at its start, to be copied, and the tokens that may come first."""
 
     matcher: LLMatcher
     start_V: Tensor
+    is_spent: bool = False  # copies share the states of a lexer, and one has come to the most there may be
 
 
 class Grammars:
@@ -149,7 +151,7 @@ class Grammars:
             None  # takes a second for a large one, and few requests need it
         )
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
         self._threads = ThreadPoolExecutor(NUM_COMPILING, thread_name_prefix="grammar")
 
     async def start(self, grammar: Grammar) -> "Matcher":
@@ -165,9 +167,11 @@ class Grammars:
 
     def _look_up(self, grammar: Grammar) -> Compiled | None:
         with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-            return self._kept.get(grammar)
+            compiled = self._kept.pop(grammar, None)
+            if compiled is None or compiled.is_spent:
+                return None
+            self._kept[grammar] = compiled  # the one used last
+            return compiled
 
     def _compile(self, grammar: Grammar) -> Compiled:
         matcher = LLMatcher(self._load_vocabulary(), grammar.text, log_level=0, limits=LIMITS)
@@ -184,14 +188,16 @@ class Grammars:
         return compiled
 
     def _load_vocabulary(self) -> LLTokenizer:
-        with self._lock:
+        with self._loading:
             if self._vocabulary is None:
                 if not self._end_ids:
                     raise GrammarError(
                         "this base has no end-of-sequence token, by which its replies could end"
                     )
                 try:
-                    text = _without_special_texts(self._tokenizer.backend_tokenizer.to_str())
+                    # Where a grammar leaves one text only, llguidance has it tokenized, and would find in the text
+                    # "<|end|>" the token that ends the reply.
+                    text, _ = with_secret_names(self._tokenizer)
                     self._vocabulary = LLTokenizer(text, self.vocab_size, self._end_ids)
                 except Exception as error:  # whatever llguidance says of a tokenizer that is not of bytes
                     raise GrammarError(
@@ -218,7 +224,7 @@ class Matcher:
         try:
             return self._after(token_ids)
         except Exception as error:  # it would end the engine
-            self.failure = str(error)
+            self.failure, self._compiled.is_spent = str(error), True
             self._begin()  # llguidance never leaves a failure, but other walks may not come to it
             return torch.zeros_like(self._compiled.start_V)
 
@@ -238,25 +244,6 @@ class Matcher:
         return allowed_V
 
 
-def _without_special_texts(tokenizer: str) -> str:
-    """A tokenizer's JSON with names for its special tokens that no text has.
-
-    Where a grammar leaves one text only, llguidance has it tokenized, and would find the token in `<|end|>`.
-    """
-    spec = json.loads(tokenizer)
-    names = {
-        token["content"]: f"<|{uuid.uuid4().hex}|>" for token in spec["added_tokens"] if token["special"]
-    }
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocab = spec["model"]["vocab"]
-    if isinstance(vocab, dict):
-        spec["model"]["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
-    else:  # unigram: pairs of a text and its score
-        spec["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
-    return json.dumps({**spec, "post_processor": None, "truncation": None, "padding": None})
-
-
 def _num_same(one: list[int], other: list[int]) -> int:
     """Length of the beginning that both have. They are walks of one tree, so they part near their ends."""
     num = min(len(one), len(other))
@@ -273,4 +260,4 @@ def _allowed(matcher: LLMatcher, vocab_size: int) -> Tensor:
 
 def _raise_failure(matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise GrammarError(re.split(r"\n<state>", matcher.get_error())[0].strip())
+        raise GrammarError(re.split(r"\n<(?:state|non-verbose)", matcher.get_error())[0].strip())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2  # of report.json
+SCHEMA_VERSION = 2  # of report.json and compare.json
 
 TOKENS = pa.list_(pa.int32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -99,24 +99,24 @@ REQUESTS = pa.schema(
         ("load", pa.string()),  # synchronous | concurrency=N | throughput | poisson=R | constant=R
         ("round", pa.int32()),
         ("prompt", pa.int32()),  # index of the prompt in the traffic
-        ("category", pa.string()),  # what kind of prompt: its `source`; null where the prompts have none
         ("start_s", pa.float64()),  # seconds since the epoch
-        (
-            "wait_s",
-            pa.float64(),
-        ),  # when it was due to when it was sent; null unless the load is open, with a rate
         ("latency_s", pa.float64()),  # send to last byte
         ("ttft_s", pa.float64()),  # send to first content
-        ("last_s", pa.float64()),  # send to last content
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
-        ("events", pa.int32()),  # of the stream, with content; null where it was not streamed
         ("num_steps", pa.int32()),  # engine steps after prefill; null where a server does not tell
-        ("draft_tokens", pa.int32()),  # guesses verified; null likewise
-        # [j]: steps that accepted exactly j guesses; null likewise
-        ("accepted_histogram", pa.list_(pa.int32())),
+        (
+            "accepted_histogram",
+            pa.list_(pa.int32()),
+        ),  # [j]: steps that accepted exactly j guesses; null likewise
         ("text", pa.string()),
         ("error", pa.string()),  # null when good
+        ("events", pa.int32()),  # of the stream, with content; null where nothing was streamed
+        ("last_s", pa.float64()),  # send to last content; null likewise
+        # When it was due to when it was sent, in an open load; null in a closed one, where it is due when it is sent.
+        ("wait_s", pa.float64()),
+        ("draft_tokens", pa.int32()),  # guesses verified for it; null where a server does not tell
+        ("category", pa.string()),  # what kind of prompt it is, a prompt row's `source`; null where unknown
     ]
 )
 
@@ -156,7 +156,7 @@ REQUESTS = pa.schema(
 #    "ramp": {"arm": ARM, "steps": [[second, concurrency], ...], "replicas": [[second, running, wanted], ...],
 #             "latency": [[second, p50_s, p99_s], ...], "failed": n},
 #    "serve_paths": {PATH: {FIGURE: x}}}
-# report/report.json: see report/schema.py, and report/report.schema.json beside it.
+# report/report.json: see report/schema.py, and report.schema.json beside it
 
 
 def first_position(num_prompt: int, loss_on: str) -> int:

@@ -63,10 +63,10 @@ class CallReader:
     until that is known, and is shown after all where it is none: where the JSON is broken or no such function exists.
     """
 
-    def __init__(self, names: Collection[str], is_forced: bool = False) -> None:
+    def __init__(self, names: Collection[str], is_forced: bool = False, is_single: bool = False) -> None:
         """names: of the functions there are. is_forced: a grammar sees to it that the reply is calls alone, an object
-        or a list of them, so that one that was cut is a call as well."""
-        self._names, self._is_forced = names, is_forced
+        or a list of them, so that one that was cut is a call as well. is_single: calls after the first are dropped."""
+        self._names, self._is_forced, self._is_single = names, is_forced, is_single
         self._held = ""
         self._has_begun = False  # with text or a call
         self.calls: list[Call] = []
@@ -143,6 +143,8 @@ class CallReader:
 
     def _add(self, name: str, arguments: str) -> None:
         self._has_begun = True
+        if self.calls and self._is_single:
+            return
         self.calls.append(Call(len(self.calls), name, arguments))
 
 

@@ -17,7 +17,7 @@ class ScriptedEngine:
 
     mode, is_adaptive, heads = "eager", False, None
     vocab_size, eos_ids = 262, frozenset({2})
-    num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
+    num_heads, num_nodes, num_running, num_waiting, num_waiting_tokens = 3, 8, 0, 0, 0
     scheduler = SimpleNamespace(num_queried_tokens=0, num_shared_tokens=0)
     cache = SimpleNamespace(usage=0.0)
     last_step_s = math.inf  # always alive

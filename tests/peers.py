@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -30,8 +31,7 @@ def vllm(
 
     venv: a virtual environment that has vLLM. heads: in vLLM's own layout. options: further ones of `vllm serve`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = _free_port()
     words = [
         *(
             "taskset",
@@ -58,19 +58,56 @@ def vllm(
     if heads:
         speculation = {"method": "medusa", "model": heads, "num_speculative_tokens": num_heads}
         words += ["--speculative-config", json.dumps(speculation)]
-    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as log:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
             "PATH": f"{venv}/bin:{os.environ['PATH']}",
             "VLLM_CACHE_ROOT": cache,
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(core),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
         }
+        with _running(words, environment, port) as url:
+            yield url
+
+
+@contextmanager
+def transformers_serve(base: str, core: int) -> Iterator[str]:
+    """URL of transformers' own server in continuous batches, on one core; its model is called `base`, as given here."""
+    port = _free_port()
+    words = ["taskset", "-c", str(core), f"{Path(sys.executable).parent}/transformers", "serve", base]
+    words += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--continuous-batching", "--attn-implementation", "sdpa", "--no-cb-use-cuda-graph"]
+    words += ["--cb-num-blocks", "512", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
+    with tempfile.TemporaryDirectory() as cache, _running(words, {"HF_HUB_CACHE": cache}, port) as url:
+        yield url  # without a cache folder, /v1/models fails
+
+
+@contextmanager
+def transformers_generate(base: str, core: int, num_lookup: int) -> Iterator[str]:
+    """URL of transformers' `generate` with prompt lookup, a request at a time; the model is called `base`."""
+    port = _free_port()
+    script = Path(__file__).with_name("generate_server.py")
+    words = ["taskset", "-c", str(core), sys.executable, str(script), base, str(port), str(num_lookup)]
+    with _running(words, {}, port) as url:
+        yield url
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _running(words: list[str], environment: dict[str, str], port: int) -> Iterator[str]:
+    """URL of a server while its process runs, once it answers."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as log:
         # A group of its own, so that what it starts ends with it.
-        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            words, env={**inherited, **common, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             _wait(f"http://127.0.0.1:{port}/health", server, log)
             yield f"http://127.0.0.1:{port}"

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -181,7 +182,7 @@ def test_the_client_is_watched_process_by_process() -> None:
 
 
 def rows_of(speedup: dict[str, float]) -> list[dict[str, Any]]:
-    row = {"round": 0, "error": None, "ttft_s": 0.0, "output_tokens": 2}
+    row = {"round": 0, "error": None, "ttft_s": 0.0, "last_s": None, "output_tokens": 2}
     times = {"baseline": lambda ratio: ratio, "medusa": lambda _: 1.0}
     return [
         {**row, "load": load, "arm": arm, "prompt": prompt, "latency_s": time_of(ratio)}
@@ -228,6 +229,15 @@ def test_chats_are_read_from_every_form_and_taken_in_turns(tmp_path: Path) -> No
     assert [(prompt.user_text, prompt.category) for prompt in found] == [
         ("a", None), ("c", None), ("d", "in"), ("e", None), ("a", "s"),
     ]  # fmt: skip
+
+
+def test_prompts_are_read_by_uri_a_folder_of_the_hubs_parquet_too() -> None:
+    storage = fsspec.filesystem("memory")
+    storage.pipe("/chats/lines.jsonl", b'{"text": "a", "category": "c"}')
+    with storage.open("/hub/default/test/0000.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["b", "c"], "messages": [None, None]}), file)
+    found = read_prompts(["memory://chats/lines.jsonl", "memory://hub/default/test"])
+    assert found == [Prompt("a", "c"), Prompt("b"), Prompt("c")]
 
 
 def test_overlap_tells_training_chats_and_those_that_only_sound_like_them() -> None:

@@ -1,22 +1,30 @@
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from medusa_ray.config import SweepConfig, UserError, parse
 from medusa_ray.evaluate import (
     accepted_per_position,
+    by_batch,
     check_parity,
     compare_speed,
     is_near_tie,
     ranks_of,
+    sweep,
     tokens_per_step,
     top_accuracy,
 )
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
+from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.medusa.replies import Completion
 from medusa_ray.medusa.tree import Tree
+from medusa_ray.records import SWEEP
 
 
 def reply_of(tokens: list[int]) -> Completion:
@@ -108,3 +116,78 @@ def test_speed_is_measured_on_all_arms_and_the_engine_keeps_its_attention(tiny_b
     assert {"baseline", "medusa", "transformers"} <= speed.keys()
     assert all(speed[arm]["tokens_per_s"] > 0 for arm in ("baseline", "medusa", "transformers"))
     assert len(baseline.generate([[1, 5]], 4)[0].token_ids) == 4
+
+
+def test_predicted_speedup_is_tokens_per_step_over_what_a_step_costs(tiny_base):
+    """Steps that sleep cost what they sleep, and a machine that is busy with other things adds to both."""
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    prompts = [[1, 50 + i, 60] for i in range(5)]
+
+    def slow(seconds):
+        engine = Engine(backbone, max_total_tokens=128)
+        step = engine._move_on
+        engine._move_on = lambda: (time.sleep(seconds) if engine.num_running else None, step())[1]
+        return engine
+
+    found = by_batch(slow(0.04), slow(0.12), prompts, [1, 2, 8], 6)
+    assert list(found) == ["1", "2"]  # there are no eight prompts
+    for figures in found.values():
+        assert figures["acceleration"] == 1.0
+        assert 1.6 < figures["step_cost_ratio"] < 3.2
+        assert figures["predicted"] == 1 / figures["step_cost_ratio"]
+        assert figures["measured"] == pytest.approx(figures["predicted"], rel=0.15)
+        assert figures["baseline"] * figures["measured"] == pytest.approx(figures["medusa"])
+
+
+def test_a_sweep_has_a_row_for_every_combination_and_a_plot(tiny_base, tmp_path):
+    torch.manual_seed(0)
+    backbone = Backbone.load(str(tiny_base), torch.float32, "cpu")
+    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=32, vocab_size=262).eval().requires_grad_(False)
+    heads.init_from(backbone.output_weight_VC)
+    prompts = [[1, 50 + i, 60] for i in range(6)]
+    replies = Engine(backbone, max_total_tokens=128).generate(prompts, 12, capture_hidden=True)
+    ranks = [ranks_of(heads.stack(), reply) for reply in replies]
+    trees = {"chain": Tree.chain(2), "6": Tree.calibrated(torch.cat(ranks), 6)}
+    config = SweepConfig(
+        trees=list(trees), temperatures=[0, 1.5], acceptance=["exact", "typical=0.5/0.5", "typical=0.0/0.0"]
+    )
+    splits = {"test": sweep.Split(prompts, ranks), "out_of_domain": sweep.Split([], [])}
+    rows = sweep.measure(
+        config, trees, lambda tree: Engine(backbone, heads, tree, max_total_tokens=128), splits, "own", 12
+    )
+    sweep.write(rows, str(tmp_path))
+    table = pq.read_table(tmp_path / "sweep.parquet")
+    assert table.schema.equals(SWEEP)
+    found = {(row["tree"], row["temperature"], row["acceptance"]): row for row in table.to_pylist()}
+    assert len(found) == len(rows) == 2 * (1 + 3)  # greedy is always exact
+    greedy = found["6", 0.0, "exact"]
+    assert greedy["tokens_per_step"] == pytest.approx(tokens_per_step(ranks, trees["6"]))
+    assert greedy["low"] <= greedy["tokens_per_step"] <= greedy["high"]
+    assert (greedy["nodes"], greedy["seconds"], greedy["prompts"]) == (6, None, 6)
+    # A threshold of nothing takes every guess of the chain.
+    lax, strict = (found["chain", 1.5, f"typical={value}"]["tokens_per_step"] for value in ("0.0/0.0", "0.5/0.5"))
+    assert lax > 2.5 > strict
+    assert found["chain", 1.5, "exact"]["seconds"] > 0
+    assert Path(tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert "</svg>" in (tmp_path / "sweep.svg").read_text()
+
+
+def test_an_interval_of_tokens_per_step_is_a_bootstrap_over_prompts():
+    assert sweep.interval([(10, 5)] * 4) == (2.0, None, None)
+    assert sweep.interval([(10, 5)] * 20) == (2.0, 2.0, 2.0)
+    point, low, high = sweep.interval([(10, 5), (30, 5)] * 50)
+    assert point == 4.0
+    assert 3.5 < low < 3.8 < 4.2 < high < 4.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trees": ["0"]}, "trees has '0'"),
+        ({"acceptance": ["typical=0.1"]}, "acceptance has 'typical=0.1'"),
+        ({"acceptance": ["typical"]}, "Add a temperature above 0"),
+    ],
+)
+def test_a_sweep_that_cannot_be_measured_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        parse(SweepConfig, changes, "run.yaml")

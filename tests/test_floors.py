@@ -41,6 +41,7 @@ FLOORS = {
         "chat",
         "grammar",
         "openai_api",
+        "tgi_api",
         "states",
         *(
             f"medusa.{name}"
@@ -55,20 +56,21 @@ FLOORS = {
                 "graphs",
             ]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
 }
 # The floor where each library first appears.
 LIBRARIES = {
-    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
+    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "pydantic_core", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
     MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",
         "fastapi",
+        "grpc",
         "huggingface_hub",
         "prometheus_client",
         "psutil",

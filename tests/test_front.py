@@ -20,6 +20,7 @@ from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.serve import Server, build_api, server
+from medusa_ray.serve.calls import Histogram
 from medusa_ray.serve.http import ROUTES
 
 CHAT: dict[str, Any] = {"model": "medusa", "messages": [{"role": "user", "content": "a secret"}]}
@@ -295,6 +296,8 @@ def test_a_server_is_warm_before_it_serves_and_health_steps_for_real(tiny_base: 
         64,
         128,
     )
+    assert len(info["heads_version"]) == 12
+    assert f'version="{info["heads_version"]}"' in client.get("/metrics").text
     served.engine.failure = RuntimeError("bang")
     assert client.get("/health").status_code == 503
 
@@ -339,6 +342,13 @@ def test_metrics_have_both_servers_names_and_add_up(chat: Chat) -> None:
     assert values["tree_nodes",] == values["tree_nodes_max",] == 8
     for name in ("num_requests_running", "batch_current_size", "num_requests_waiting", "queue_size"):
         assert values[name,] == 0
+
+
+def test_a_value_that_counts_for_several_tokens_counts_so_in_sum_and_bucket() -> None:
+    histogram = Histogram((0.1, 0.5, 1.0))
+    histogram.add(0.5, 3)  # a bound is in its own bucket
+    histogram.add(2.0)
+    assert (histogram.counts, histogram.sum) == ([0, 3, 0, 1], 3.5)
 
 
 def test_the_openapi_document_has_the_requests_of_all_routes(chat: Chat) -> None:

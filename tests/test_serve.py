@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ import yaml
 from fakes import ScriptedEngine
 from fastapi.testclient import TestClient
 
-from medusa_ray import config, serve
+from medusa_ray import config, openai_api, serve
 from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
+from medusa_ray.openai_api import ChatRequest
 from medusa_ray.serve import Server, build_api
-from medusa_ray.serve.app import application
+from medusa_ray.serve.cluster import application
+from medusa_ray.serve.calls import Call
 
 CONFIGS = Path(__file__).parent.parent / "serve_configs"
 SERVE_FILES = [
@@ -240,6 +243,24 @@ def test_models_info_and_metrics_tell_what_is_served(chat: Chat) -> None:
     assert 'medusa_ray_request_success_total{finished_reason="stop",model_name="medusa"} 1.0' in text
 
 
+def test_a_slow_reader_of_several_choices_gets_every_step_as_it_was(chat: Chat) -> None:
+    """A reply that went on while its last step waited to be sent would end twice, and others never."""
+    engine = ScriptedEngine(steps_of(chat, "a", "b", "c"))
+    server = server_of(engine, chat)
+    request = openai_api.parse(ChatRequest, json.dumps({**CHAT, "n": 3}).encode())
+
+    async def read() -> dict[int, list[tuple[str, str | None]]]:
+        seen: dict[int, list[tuple[str, str | None]]] = {}
+        async for text, reply in server.answer(request, Call("x")):
+            for _ in range(50):  # as long as sending takes
+                await asyncio.sleep(0)
+            seen.setdefault(reply.index, []).append((text, reply.finish_reason))
+        return seen
+
+    steps = [("a", None), ("b", None), ("c", "stop")]
+    assert asyncio.run(read()) == {0: steps, 1: steps, 2: steps}
+
+
 # ------------------------------------------------------------------------------------- clients that hang up
 
 
@@ -449,7 +470,7 @@ def test_each_application_has_its_own_name_facts_and_metrics(urls: dict[str, str
         "medusa_ray_spec_decode_num_drafts_total",
         "medusa_ray_spec_decode_num_draft_tokens_total",
         "medusa_ray_spec_decode_num_accepted_tokens_total",
-        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2"}',
+        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2",replica="',
         "medusa_ray_request_skipped_tokens_sum",
         "medusa_ray_request_skipped_tokens_count",
     ):
@@ -465,17 +486,17 @@ def test_ray_tells_the_metrics_of_every_replica(urls: dict[str, str]) -> None:
     assert 'replica="' in here
     node = ray.nodes()[0]
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = {
-        f'{name}{{application="{app}"'
+    wanted = [
+        re.compile(f'{name}{{.*application="{app}".*replica="', re.MULTILINE)
         for app in urls
-        for name in ("ray_medusa_ray_request_count_total", "ray_medusa_ray_e2e_request_latency_seconds_bucket")
-    }
-    lines: list[str] = []
+        for name in ("^ray_medusa_ray_request_count_total", "^ray_medusa_ray_e2e_request_latency_seconds_bucket")
+    ]
+    text = ""
     deadline_s = time.monotonic() + 60
-    while not all(any(line.startswith(start) for line in lines) for start in wanted):
-        assert time.monotonic() < deadline_s, [line for line in lines if "medusa_ray_request_count" in line]
+    while not all(pattern.search(text) for pattern in wanted):
+        assert time.monotonic() < deadline_s, text
         time.sleep(1)
-        lines = httpx.get(page, timeout=30).text.splitlines()
+        text = httpx.get(page, timeout=30).text
 
 
 @pytest.mark.ray

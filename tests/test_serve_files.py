@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from medusa_ray import config, serve
 from medusa_ray.config import ServeConfig, Strict, UserError
 from medusa_ray.demo import pipeline
-from medusa_ray.serve.app import application
+from medusa_ray.serve.cluster import application
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import Server
 

@@ -205,7 +205,12 @@ def test_a_grammar_holds_a_reply_to_it(url: str) -> None:
         "yes",
         "no",
     )
-    schema = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "boolean"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     for value in (schema, json.dumps(schema)):
         whole = client.text_generation(
             PROMPT, grammar={"type": "json", "value": value}, details=True, **asked

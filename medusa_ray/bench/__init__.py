@@ -19,7 +19,8 @@ from medusa_ray.bench import guidellm, ramp, targets
 from medusa_ray.bench.guidellm import GuideLLM, Row
 from medusa_ray.bench.prompts import Prompt, overlap, read_prompts
 from medusa_ray.config import TrafficConfig
-from medusa_ray.report.numbers import concurrency, paired_ratio, tpot_ms
+from medusa_ray.report.numbers import concurrency, tpot_ms
+from medusa_ray.report.samples import Samples
 
 LOG = logging.getLogger("medusa_ray")
 
@@ -64,6 +65,8 @@ def run(config: TrafficConfig) -> str:
             targets.warm_up(name, target, prompts, config)
         clear(config.output)
         before = {name: targets.replicas(target) for name, target in config.targets.items()}
+        for name in [name for name, found in before.items() if found and found[2]]:
+            LOG.warning("the replicas of %s follow the load; set num_replicas, or nothing can be compared", name)
         measured = measure(config, prompts, client, Path(folder))
         after = {name: targets.replicas(target) for name, target in config.targets.items()}
     parts.write(config.output, "requests", pa.Table.from_pylist(measured.rows, schema=records.REQUESTS))
@@ -98,7 +101,7 @@ def check_prompts(config: TrafficConfig, prompts: list[Prompt]) -> dict[str, Any
     double_bos = max((count for count in doubled if count is not None), default=None)
     if double_bos:
         LOG.warning("%d of %d prompts begin with two tokens that begin a sequence", double_bos, len(prompts))
-    found: dict[str, Any] = {"checked": False, "exact": None, "near": None, "of": len(prompts)}
+    found: dict[str, Any] = {"checked": False, "exact": 0, "near": 0, "of": len(prompts)}
     if config.overlap_with:
         found = overlap(prompts, read_prompts([config.overlap_with]))
         if found["exact"]:
@@ -176,8 +179,9 @@ def next_concurrency(rows: list[Row], most: int) -> int | None:
     eighth, which noise would drown.
     """
     faster: dict[int, bool] = {}
-    for load in {row["load"] for row in rows}:
-        streams, ratio = concurrency(load), paired_ratio(rows, load, tpot_ms)
+    samples = Samples(rows)
+    for load in samples.loads("baseline", "medusa"):
+        streams, ratio = concurrency(load), samples.quotient(load, tpot_ms)
         if streams is not None and ratio is not None:
             faster[streams] = ratio.point > 1
     if not faster:

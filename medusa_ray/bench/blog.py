@@ -14,7 +14,7 @@ HUB_PARQUET = "refs%2Fconvert%2Fparquet"  # where the hub keeps any data set as 
 
 def is_old_line(words: list[str]) -> bool:
     """Whether the words after `medusa-ray bench` are GuideLLM's."""
-    return bool(words) and (words[0] == "guidellm" or words[0].startswith("--"))
+    return words[0] == "guidellm" or (words[0].startswith("--") and "target" in _flags(words))
 
 
 def answer(words: list[str]) -> str:
@@ -36,8 +36,8 @@ def answer(words: list[str]) -> str:
         "prompts": data,
         "targets": {"medusa": {"url": url, "model": flags.pop("model", "tgi")}},
         "loads": loads,
-        "num_requests": int(flags.pop("max-requests", 200)),
-        "max_seconds": float(flags.pop("max-seconds", 60)),
+        "num_requests": yaml.safe_load(flags.pop("max-requests", "200")),
+        "max_seconds": yaml.safe_load(flags.pop("max-seconds", "60")),
     }
     left = f"Nothing takes the place of {', '.join('--' + flag for flag in flags)}.\n" if flags else ""
     return (

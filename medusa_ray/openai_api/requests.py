@@ -357,7 +357,8 @@ class ChatRequest(GenerationRequest):
         """Of one reply, when it may call functions."""
         offered = self.offered
         names = {tool["function"]["name"] for tool in offered}
-        return CallReader(names, self.calls_are_forced) if offered else None
+        is_single = self.parallel_tool_calls is False
+        return CallReader(names, self.calls_are_forced, is_single) if offered else None
 
     def _one_constraint(self, found: list[tuple[str, Grammar]]) -> tuple[str, Grammar] | None:
         if found and self.offered:

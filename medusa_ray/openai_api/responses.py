@@ -142,7 +142,7 @@ def error_body(error: ApiError) -> tuple[int, dict[str, Any]]:
 
 def error_events(error: ApiError) -> str:
     """The end of a stream that broke: an explicit error, so that no client takes the text for whole."""
-    return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
+    return f"data: {json.dumps(error.body)}\n\n"
 
 
 def model_list(names: list[str]) -> dict[str, Any]:

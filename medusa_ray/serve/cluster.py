@@ -13,8 +13,9 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 
-from medusa_ray.config import ServeConfig, Strict, UserError
-from medusa_ray.serve.app import application
+from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, ServeConfig, Strict, UserError
+from medusa_ray.serve.app import fast
+from medusa_ray.serve.router import resilient
 
 log = logging.getLogger("medusa_ray")
 
@@ -34,6 +35,27 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # Ray's 30 s are for external load balancers
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too few on a busy laptop
     }
+
+
+def application(app: ApplicationConfig) -> serve.Application:
+    """The application with the file's overrides of its deployments."""
+    options: dict[str, dict[str, Any]] = {}
+    for override in app.deployments:
+        given = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.user_config:  # whose null is a value
+            given["user_config"] = override.user_config.model_dump(exclude_unset=True)
+        engine = app.engines.get(override.name)
+        if engine and (override.num_replicas == "auto" or override.autoscaling_config):
+            # Ray's own target, 2, would start a replica for a batch that is all but empty.
+            scaling = given.get("autoscaling_config") or {}
+            given["autoscaling_config"] = {"target_ongoing_requests": engine.max_batch_size, **scaling}
+        options[override.name] = given
+    if app.runtime_env:
+        environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
+        for name in (ROUTER, *app.engines):
+            given = options.setdefault(name, {})
+            given["ray_actor_options"] = environment | (given.get("ray_actor_options") or {})
+    return resilient(app.args, options) if isinstance(app.args, ResilientConfig) else fast(app.args, options)
 
 
 def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:

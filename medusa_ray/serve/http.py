@@ -177,7 +177,7 @@ def build_api(server: Server, tells_id: bool = True) -> FastAPI:
         return response
 
     api.openapi = partial(_openapi, api)  # type: ignore[method-assign]  # FastAPI's own way to extend it
-    api.add_middleware(Front, server=server, tells_id=tells_id)
+    api.add_middleware(Front, api_keys=server.api_keys, totals=server.totals, tells_id=tells_id)
     if server.args.cors_origins:  # before the key is asked for, since a browser's first question has none
         api.add_middleware(
             CORSMiddleware,
@@ -205,11 +205,11 @@ def _replies(server: Server, route: Route) -> Callable[[HttpRequest], Awaitable[
         call: Call = http.scope["call"]
         call.is_for_reply = True
         try:
-            answer = Answer.to(server, route, await _body(http, server.args.payload_limit), call)
+            answer = Answer.to(server, route, await body_of(http, server.args.payload_limit), call)
             if answer.request.stream:
-                first = await _unless_gone(http, anext(answer.pieces))
+                first = await unless_gone(http, anext(answer.pieces))
                 return EventStream(first, answer, route, call)
-            whole = await _unless_gone(http, answer.whole())
+            whole = await unless_gone(http, answer.whole())
             return JSONResponse([whole] if route.lists else whole)
         except ApiError as error:
             return error_response(error, call, route.error)
@@ -222,7 +222,7 @@ def _facts(
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
     async def facts(http: HttpRequest) -> Response:
         try:
-            request = openai_api.parse(kind, await _body(http, server.args.payload_limit))
+            request = openai_api.parse(kind, await body_of(http, server.args.payload_limit))
             return JSONResponse(await asyncio.to_thread(fact, server, request))  # others' streams go on
         except ApiError as error:
             return error_response(error, http.scope["call"])
@@ -258,7 +258,7 @@ class EventStream(StreamingResponse):
             yield self._route.error_events(internal_error(self._call))
 
 
-async def _body(http: HttpRequest, limit: int) -> bytes:
+async def body_of(http: HttpRequest, limit: int) -> bytes:
     body = bytearray()
     try:
         async for part in http.stream():
@@ -272,7 +272,7 @@ async def _body(http: HttpRequest, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
+async def unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
     """The result of the work, which is cancelled when the client hangs up first."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(http))
     try:

@@ -2,23 +2,26 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 
-from medusa_ray import openai_api, tgi_api
+from medusa_ray import openai_api, provenance, tgi_api
 from medusa_ray.chat import Chat, Message
-from medusa_ray.config import EngineConfig
+from medusa_ray.config import EngineConfig, TreeChoice
 from medusa_ray.grammar import Grammar, GrammarError, Grammars, Matcher
 from medusa_ray.medusa.engine import Engine, Request
+from medusa_ray.medusa.heads import EXTENDED_WEIGHTS, WEIGHTS
 from medusa_ray.medusa.replies import Delta
 from medusa_ray.medusa.scheduler import QueueFull
+from medusa_ray.medusa.sharded import Shards
 from medusa_ray.openai_api import (
     ApiError,
     ChatRequest,
@@ -31,6 +34,8 @@ from medusa_ray.serve.calls import Call, Totals
 from medusa_ray.tgi_api import GenerateRequest
 from medusa_ray.traffic import TrafficLog
 
+log = logging.getLogger("medusa_ray")
+
 RETRY_AFTER_S = 1
 LONG_PROMPT_CHARACTERS = 20_000  # some 50 ms of a tokenizer's time
 FRESH_S = 1.0  # a step is proof of life for so long
@@ -39,6 +44,22 @@ HEALTH_TIMEOUT_S = 20.0  # below Ray Serve's health_check_timeout_s
 AnyRequest = ChatRequest | CompletionRequest | GenerateRequest
 AnyEnvelope = openai_api.Envelope | tgi_api.Envelope
 Piece = tuple[str, Reply]  # text that may be shown after a step, and the reply so far
+
+
+@dataclass(frozen=True)
+class Served:
+    """What replies are guessed with."""
+
+    heads: str | None
+    tree: TreeChoice
+    version: str  # of the heads: a digest of their weights
+
+    @classmethod
+    def of(cls, heads: str | None, tree: TreeChoice) -> "Served":
+        files = [f"{heads}/{name}" for name in (WEIGHTS, EXTENDED_WEIGHTS)] if heads else []
+        digests = {file: provenance.digest(file) for file in files}
+        # What is no file stands for itself.
+        return cls(heads, tree, next((digest[:12] for file, digest in digests.items() if digest != file), ""))
 
 
 class Server:
@@ -57,36 +78,36 @@ class Server:
         self.engine, self.chat, self.args, self.traffic = engine, chat, args, traffic
         self.names = [args.model_id, *args.aliases]
         self.grammars = Grammars(chat.tokenizer, engine.vocab_size, engine.eos_ids)
-        self.api_keys = _api_keys(args.api_key_env)
+        self.api_keys = read_api_keys(args.api_key_env)
         self.replica = replica
         self.totals = Totals()
         self._probe: asyncio.Task[None] | None = None
+        self.served = [Served.of(args.heads, args.tree)]  # the last one now
+        self.refusal: str | None = None  # why the last ones asked for are not
 
     @classmethod
-    def load(cls, args: EngineConfig, replica: str = "") -> "Server":
+    def load(cls, args: EngineConfig, replica: str = "", shards: Shards | None = None) -> "Server":
         """A server that has answered itself a first time, so that no user waits for what is done once.
 
-        Raises ValueError or OSError for what cannot be served.
+        shards: as Engine takes them. Raises ValueError or OSError for what cannot be served.
         """
-        _api_keys(args.api_key_env)
+        read_api_keys(args.api_key_env)
         # First, since a hook that cannot be imported is found in no time, and a base takes minutes to load.
         traffic = TrafficLog(args.traffic_log) if args.traffic_log else None
         if args.threads:
             torch.set_num_threads(args.threads)
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine.load(
             args.base,
             args.heads,
-            tree=None if args.tree == "file" else args.tree,
-            device=device,
+            tree=_as_engine_takes(args.tree),
+            device=device_of(args),
             dtype=args.dtype,
             max_batch_size=args.max_batch_size,
             max_total_tokens=args.max_total_tokens,
             compile=args.compile,
             shares_prefixes=args.shares_prefixes,
             max_waiting=args.max_concurrent_requests - args.max_batch_size,
+            shards=shards,
         )
         engine.warm_up()
         return cls(engine, Chat.load(args.base), args, traffic, replica)
@@ -265,6 +286,25 @@ class Server:
         except ValueError as error:  # the base has no template, or its template refuses these messages
             raise ApiError(400, str(error), "messages") from None
 
+    async def swap(self, heads: str | None, tree: TreeChoice) -> None:
+        """Serves with these heads and this tree from now on, and loses no request.
+
+        Raises ValueError, OSError or RuntimeError when it cannot, and goes on with those it has.
+        """
+        self.refusal, now = None, self.served[-1]
+        if (heads, tree) == (now.heads, now.tree):
+            return
+        self.engine.start()
+        coming = await asyncio.to_thread(Served.of, heads, tree)
+        await asyncio.to_thread(self.engine.swap, heads, _as_engine_takes(tree))
+        self.served = [served for served in self.served if served != coming] + [coming]
+        log.info("swapped heads=%s version=%s tree_nodes=%d", heads, coming.version, self.engine.num_nodes)
+
+    def refuse(self, error: Exception) -> None:
+        """Says why what was asked for is not served."""
+        self.refusal = str(error)
+        log.error("heads were not swapped, and heads=%s go on: %s", self.served[-1].heads, error)
+
     def tokenize(self, request: TokenizeRequest) -> Any:
         """Token ids of a prompt or chat as vLLM's /tokenize has them, of `inputs` as TGI's. Raises ApiError."""
         if request.model is not None:
@@ -345,7 +385,9 @@ class Server:
             # ours
             "aliases": self.args.aliases,
             "base": self.args.base,
-            "heads": self.args.heads,
+            "heads": self.served[-1].heads,
+            "heads_version": self.served[-1].version,
+            "heads_refused": self.refusal,
             "num_heads": engine.num_heads,
             "head_layout": heads.layout if heads else None,
             "draft_vocab_size": heads.draft_vocab_size if heads else None,
@@ -353,6 +395,7 @@ class Server:
             "is_adaptive": engine.is_adaptive,
             "shares_prefixes": self.args.shares_prefixes,
             "mode": engine.mode,
+            "tensor_parallel": self.args.tensor_parallel,
             "threads": torch.get_num_threads(),
             "max_batch_size": self.args.max_batch_size,
             "payload_limit": self.args.payload_limit,
@@ -360,7 +403,17 @@ class Server:
         }
 
 
-def _api_keys(variable: str | None) -> list[bytes]:
+def device_of(args: EngineConfig) -> str:
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return args.device
+
+
+def _as_engine_takes(tree: TreeChoice) -> list[list[int]] | str | None:
+    return None if tree == "file" else tree
+
+
+def read_api_keys(variable: str | None) -> list[bytes]:
     """Of the environment variable of this name. Raises ValueError when it holds none."""
     if variable is None:
         return []
@@ -412,8 +465,11 @@ def _seed(seed: int | None, choice: int) -> int | None:
 
 async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGenerator[Piece]:
     """The pieces of all sources as they come; raises what any of them raises. A group is the choices of one prompt:
-    the others begin once the first has begun, and find the prompt in the cache."""
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    the others begin once the first has begun, and find the prompt in the cache.
+
+    No source goes on before its piece is taken care of, since the reply in it is as its last step has left it.
+    """
+    queue: asyncio.Queue[tuple[Piece, asyncio.Event] | Exception | None] = asyncio.Queue()
     tasks: list[asyncio.Task[None]] = []
 
     async def pump(source: AsyncGenerator[Piece], others: Sequence[AsyncGenerator[Piece]] = ()) -> None:
@@ -424,7 +480,9 @@ async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGen
                         tasks.extend([asyncio.create_task(pump(other)) for other in others])
                         others = ()
                         await asyncio.sleep(0)  # so that one for which there is no room says so first
-                    queue.put_nowait(piece)
+                    done = asyncio.Event()
+                    queue.put_nowait((piece, done))
+                    await done.wait()
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -439,7 +497,9 @@ async def _merged(groups: Sequence[Sequence[AsyncGenerator[Piece]]]) -> AsyncGen
             if item is None:
                 num_open -= 1
             else:
-                yield item
+                piece, done = item
+                yield piece
+                done.set()
     finally:
         for task in tasks:
             task.cancel()

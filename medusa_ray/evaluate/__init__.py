@@ -9,8 +9,6 @@ the baseline and transformers' own `generate` then answer the same prompts, and 
 
 import logging
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from transformers import PreTrainedModel
 from medusa_ray import card, provenance
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
+from medusa_ray.evaluate import sweep
+from medusa_ray.evaluate.speed import by_batch, compare_speed
 from medusa_ray.medusa import reference
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
@@ -127,7 +127,12 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     log.info("stage=evaluate parity=%d/%d", parity["token_exact"], parity["prompts"])
     timed = [row["prompt_ids"] for row in prompts[-settings.num_speed :]] if settings.num_speed else []
     adaptive = _engine(config, backbone, heads, tree, is_adaptive=True)  # as servers run it
-    speed = compare_speed(baseline, adaptive, timed, settings.max_new_tokens) if timed else None
+    speed = None
+    if timed:
+        speed = compare_speed(baseline, adaptive, timed, settings.max_new_tokens)
+        speed["by_batch"] = by_batch(
+            baseline, adaptive, timed, settings.batch_sizes, settings.max_new_tokens
+        )
 
     chat = Chat.load(model.base, model.revision)
     texts = [chat.text(reply.token_ids) for reply in replies]
@@ -151,6 +156,28 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     provenance.write_json(f"{folder}/evaluation.json", evaluation)
     columns = [[row["id"] for row in prompts], texts, [row["reference"] for row in prompts]]
     pq.write_table(pa.table(columns, schema=REPLIES), f"{folder}/replies.parquet")
+    if settings.sweep:
+        rows = {"test": prompts[num_calibrating:], "out_of_domain": strangers}
+        if "train" in settings.sweep.splits:
+            rows["train"] = _prompts(config, "train")
+        splits: dict[str, sweep.Split] = {}
+        for split in settings.sweep.splits:
+            chosen = rows[split][: settings.sweep.num_prompts]
+            found = [ranks_of(stack, reply) for reply in answer(chosen, baseline, capture=True)]
+            splits[split] = sweep.Split([row["prompt_ids"] for row in chosen], found)
+        known = {"chain": chain, "calibrated": tree}
+        trees = {
+            name: known[name] if name in known else Tree.calibrated(torch.cat(shaping), int(name))
+            for name in settings.sweep.trees
+        }
+
+        def engine_of(tree: Tree) -> Engine:
+            return _engine(config, backbone, heads, tree)
+
+        measured = sweep.measure(
+            settings.sweep, trees, engine_of, splits, heads.layout, settings.max_new_tokens
+        )
+        sweep.write(measured, folder)
     return {"acceptance": acceptance, "parity": parity, "speedup": speed["speedup"] if speed else None}
 
 
@@ -170,7 +197,7 @@ def ranks_of(heads: HeadStack, reply: Completion) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-# ----------------------------------------------------------------------------------------- parity and speed
+# ------------------------------------------------------------------------------------------------- parity
 
 
 def check_parity(
@@ -205,53 +232,6 @@ def is_near_tie(model: PreTrainedModel, prompt: list[int], said: list[int], expe
     with own_attention(model):
         best = model(ids).logits[0, -1].float().topk(2).values
     return bool(best[0] - best[1] < NEAR_TIE)
-
-
-def compare_speed(
-    baseline: Engine, medusa: Engine, prompts: list[list[int]], max_new_tokens: int
-) -> dict[str, Any]:
-    """Seconds of each reply, one prompt at a time, all arms on each prompt before the next one.
-
-    Medians over prompts; `speedup` is the median of baseline over Medusa on the same prompt.
-    """
-    model: Any = baseline.model
-
-    def plain(prompt: list[int]) -> int:
-        ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        return out.shape[1] - len(prompt)
-
-    def engine(engine: Engine) -> Callable[[list[int]], int]:
-        return lambda prompt: len(engine.generate([prompt], max_new_tokens)[0].token_ids)
-
-    arms: dict[str, Callable[[list[int]], int]] = {"baseline": engine(baseline), "medusa": engine(medusa)}
-    seconds: dict[str, list[float]] = {name: [] for name in (*arms, "transformers")}
-    rates: dict[str, list[float]] = {name: [] for name in seconds}
-
-    def measure(name: str, reply: Callable[[list[int]], int], prompt: list[int], is_warm: bool) -> None:
-        start = time.perf_counter()
-        num_tokens = reply(prompt)
-        taken = time.perf_counter() - start
-        if is_warm:
-            seconds[name].append(taken)
-            rates[name].append(num_tokens / taken)
-
-    for i, prompt in enumerate([*prompts[:2], *prompts]):  # the first two warm up
-        order = list(arms) if i % 2 else list(reversed(arms))
-        for name in order:
-            measure(name, arms[name], prompt, i >= 2)
-        with own_attention(model):
-            measure("transformers", plain, prompt, i >= 2)
-    ratios = [b / m for b, m in zip(seconds["baseline"], seconds["medusa"], strict=True)]
-    return {
-        **{name: {"tokens_per_s": statistics.median(values)} for name, values in rates.items()},
-        "speedup": statistics.median(ratios),
-        "prompts": len(prompts),
-        "mode": baseline.mode,
-        "threads": torch.get_num_threads(),
-    }
 
 
 # -------------------------------------------------------------------------------------------------- inputs
