@@ -20,7 +20,6 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import CoreSchema
 
 from medusa_ray import grammar
 from medusa_ray.chat import Message
@@ -83,7 +82,7 @@ class Incoming(BaseModel):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}  # others, with the values at which they change none
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """Lists are looked at up to their first wrong entry: errors of a million of them take seconds to make."""
         schema = handler(source)
         _stop_at_first_error(schema)
