@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -309,10 +309,13 @@ class Router:
         call = Forwarded("GET", _path_of(http), b"", http.scope["headers"])
 
         async def ask(engine: DeploymentHandle[Any]) -> list[Head]:
-            answers = engine.broadcast("tell", call)
             try:
+                answers = engine.broadcast("tell", call)
                 told = await answers.results_async(timeout_s=MAX_ASKING_S, return_exceptions=True)
-            except TimeoutError:
+            except (
+                TimeoutError,
+                DeploymentUnavailableError,
+            ):  # which Ray Serve says of one without replicas, too
                 return []
             return [one for one in told if isinstance(one, Head)]
 
