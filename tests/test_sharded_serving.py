@@ -21,6 +21,7 @@ COMPLETION_URL = "/v1/completions"
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)  # two starts of two processes each
 def test_a_replica_of_two_shards_answers_as_one_process_does_and_is_replaced_when_a_shard_dies(
     ray_cluster: None, tiny_base: Path, tmp_path: Path
 ) -> None:
