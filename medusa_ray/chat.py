@@ -4,17 +4,22 @@ Training and serving drift apart silently when two places render: a second BOS o
 still trains, and only acceptance drops.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medusa_ray.medusa.base import text_config, under_adapter
+from medusa_ray.tools import written_out
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content; tool_calls too, where the assistant calls functions
+# Code points that Unicode has set aside for programs and that no text should have: one marks what users wrote.
+NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
 
 
 class Chat:
@@ -54,13 +59,19 @@ class Chat:
                 "do not belong together: set model.base to a model with the tokenizer that it was trained with."
             )
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """Ids of the messages with the generation prompt, ready for the model to answer.
 
-        The template itself writes BOS, so none is added. Raises ValueError when the base has no template or
-        the template refuses the messages.
+        tools: functions that it may call, as OpenAI describes them. The template itself writes BOS, so none is added;
+        what looks like a special token in a message is text. Raises ValueError when the base has no template or the
+        template refuses the messages.
         """
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(messages, add_generation_prompt, tools)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that `prompt_ids` are of, for whoever sends prompts as text. Raises ValueError as it does."""
@@ -95,23 +106,38 @@ class Chat:
         """Where the tokens of the last turn begin by the template's own marks; None when it has none."""
         if not re.search(r"{%-?\s*generation\s*-?%}", str(self.tokenizer.chat_template)):
             return None
+        messages, mark = self._marked(messages)
         rendered: Any = self.tokenizer.apply_chat_template(
-            list(messages), return_dict=True, return_assistant_tokens_mask=True
+            list(messages),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         mask = rendered["assistant_masks"]
         start = max((i for i, is_marked in enumerate(mask) if is_marked), default=None)
         while start and mask[start - 1]:
             start -= 1
-        return start
+        if start is None or mark is None:
+            return start
+        text = str(self._apply(messages, tokenize=False))
+        return len(self._ids_of_marked(text[: rendered["offset_mapping"][start][0]], mark))
 
     @property
     def template_start(self) -> str:
         """The template's first 60 characters, which tell it from others."""
         return str(self.tokenizer.chat_template)[:60]
 
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of bare text, with the special tokens that the tokenizer adds by itself."""
-        return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def token_spans(self, text: str, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """Id and text of each token of bare text, and where it starts and stops there."""
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [
+            {"id": token, "text": text[start:stop], "start": start, "stop": stop}
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
 
     def completion_ids(self, text: str, completion: str, text_ids: Sequence[int]) -> list[int]:
         """Ids of what follows the bare text, end of sequence included, where a tokenizer has one."""
@@ -135,11 +161,87 @@ class Chat:
         """Tokens that texts of replies leave out."""
         return frozenset(self.tokenizer.all_special_ids)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of more than N times as many has more than N tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self.tokenizer)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        return list(self._apply(messages, add_generation_prompt=add_generation_prompt, return_dict=False))
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template says something of tools; if not, they are written out as text."""
+        return bool(re.search(r"\btools\b", str(self.tokenizer.chat_template)))
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        uses_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        if uses_tools and not self.knows_tools:
+            messages, tools = written_out(messages, tools), ()
+        (messages, tools), mark = self._marked((messages, tools))
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            **({"tools": list(tools)} if tools else {}),
+        }
+        if mark is None:
+            return list(self._apply(messages, return_dict=False, **options))
+        return self._ids_of_marked(str(self._apply(messages, tokenize=False, **options)), mark)
+
+    # Tokenizers find special tokens in the text of a rendered chat, whoever wrote them: an end of turn that a user
+    # typed would end the turn. A mark inside each that a message has keeps them apart from the template's own.
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        """The tokenizer, but that special tokens in a text are text to it."""
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
+
+    def _marked(self, values: Any) -> tuple[Any, str | None]:
+        """Strings, lists and objects with a mark behind the first character of each special token, and that mark; the
+        same ones and None where there is no special token."""
+        texts = list(_texts(values))
+        if not any(map(self._special.search, texts)):
+            return values, None
+        mark = next((mark for mark in NONCHARACTERS if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise ValueError(
+                "the messages hold special tokens, and every code point that could mark them as text"
+            )
+
+        def put_marks(text: str) -> str:
+            return self._special.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
+
+        return _map_texts(values, put_marks), mark
+
+    def _ids_of_marked(self, text: str, mark: str) -> list[int]:
+        """Ids of a rendered chat. What stands between two special tokens of the template and has a mark is text."""
+        ids: list[int] = []
+        start = 0  # of what has no mark, from the last that had one
+        borders = [
+            0,
+            *(border for found in self._special.finditer(text) for border in found.span()),
+            len(text),
+        ]
+        for begin, end in itertools.pairwise(borders):
+            if mark in text[begin:end]:
+                ids += self._template_ids(text[start:begin])
+                plain = text[begin:end].replace(mark, "")
+                ids += self._plain_backend.encode(plain, add_special_tokens=False).ids
+                start = end
+        return ids + self._template_ids(text[start:])
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
@@ -148,6 +250,26 @@ class Chat:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}"
             ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in it that is no key."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every string changed that is no key."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_texts(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_texts(inner, change) for inner in value]
+    return value
 
 
 class Detokenizer:

@@ -17,7 +17,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -621,6 +623,9 @@ class TrafficLogConfig(Strict):
         return self
 
 
+TreeChoice = Literal["auto", "chain", "file"] | list[list[int]]
+
+
 class EngineConfig(Strict):
     """`args` of an application: one engine and the protocol in front of it."""
 
@@ -628,7 +633,7 @@ class EngineConfig(Strict):
     aliases: list[str] = Field(default_factory=list, description="Further names that are answered.")
     base: str = Field(description="Folder or hub name of the base model.")
     heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
-    tree: Literal["auto", "chain", "file"] | list[list[int]] = Field(
+    tree: TreeChoice = Field(
         "auto",
         description="file: tree.json beside the heads (a chain when there is none); auto: as much of it as pays at "
         "the load; or rank paths.",
@@ -643,6 +648,12 @@ class EngineConfig(Strict):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the base, a part of every layer in each: TGI's NUM_SHARD. With more than one "
+        "it runs eagerly. A replica needs a CPU for each, and with device cuda a GPU.",
+    )
     max_batch_size: int = Field(16, gt=0, description="Sequences decoded at a time.")
     max_total_tokens: int = Field(2048, gt=1, description="Longest prompt plus reply, in tokens.")
     max_input_tokens: int | None = Field(
@@ -652,6 +663,7 @@ class EngineConfig(Strict):
         128, gt=0, description="Requests that may run or wait, together; one more is answered 429."
     )
     max_stop_sequences: int = Field(4, ge=0, description="Stop sequences of a request.")
+    max_client_batch_size: int = Field(4, gt=0, description="Prompts of one request to /v1/completions.")
     payload_limit: int = Field(2_000_000, gt=0, description="Bytes of a request's body.")
     api_key_env: str | None = Field(
         None,
@@ -685,11 +697,42 @@ class EngineConfig(Strict):
         return self
 
 
+class GuesserConfig(Strict):
+    """`user_config` of an engine: what it guesses with, while it runs. A key that is left out is as in `args`."""
+
+    heads: str | None = Field(None, description="Heads folder; null serves the baseline.")
+    tree: TreeChoice = Field("auto", description="As `args.tree`.")
+
+
 # Ray Serve drops a key that it does not know, on most levels of a file without a word. The classes below have the keys
 # of its own schema, or say in `refused` why not; a test compares the two. What has no default here has Ray Serve's.
 
 REQUEST_TIMEOUT_S = 600.0  # no reply takes longer: then the proxy ends it. A replica that drains waits for it as long
-DEPLOYMENTS = {"medusa_ray.serve:build_app": ("Engine",)}  # what `deployments` may name, the engine last
+ENGINE = "Engine"  # the one deployment of the fast shape
+ROUTER = "Router"  # in the resilient one it stands before the engines, which have the names of their models
+
+
+class ResilientConfig(Strict):
+    """`args` of an application with a router in front: engines of one or several models behind one URL."""
+
+    models: list[EngineConfig] = Field(
+        min_length=1, description="One engine each; `deployments` has the replicas of each under its model_id."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "ResilientConfig":
+        names = [ROUTER, *(name for model in self.models for name in (model.model_id, *model.aliases))]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"the name {twice[0]!r} stands for two things; give each model and alias behind one router a name of "
+                f"its own, other than {ROUTER!r}."
+            )
+        return self
+
+
+def _shape_of(args: Any) -> str:
+    names = args if isinstance(args, dict) else getattr(args, "model_fields_set", ())
+    return (ResilientConfig if "models" in names else EngineConfig).__name__
 
 
 class HttpOptions(Strict):
@@ -766,7 +809,7 @@ class RayActorOptions(Strict):
 
 
 class AutoscalingPolicy(Strict):
-    policy_function: str
+    policy_function: str = Field(description="module:name; medusa_ray.serve.scaling has one that goes by tokens.")
     policy_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -831,10 +874,12 @@ class DeploymentConfig(Strict):
     num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = Field(None, gt=0)
-    max_queued_requests: int | None = Field(None, ge=-1)
+    max_queued_requests: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     backpressure_config: BackpressureConfig | None = None
     ray_actor_options: RayActorOptions | None = None
-    user_config: dict[str, Any] | None = None
+    user_config: GuesserConfig | None = Field(
+        None, description="Changed alone, it reaches the replicas that run; without it they go by args."
+    )
     health_check_period_s: float | None = Field(None, gt=0)
     health_check_timeout_s: float | None = Field(None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
@@ -867,9 +912,15 @@ class ApplicationConfig(Strict):
 
     name: str = Field(min_length=1)
     route_prefix: str = "/"
-    import_path: Literal["medusa_ray.serve:build_app"] = "medusa_ray.serve:build_app"
+    import_path: Literal["medusa_ray.serve:build_app", "medusa_ray.serve:build_resilient_app"] = (
+        "medusa_ray.serve:build_app"
+    )
     runtime_env: RuntimeEnv | None = None
-    args: EngineConfig
+    args: Annotated[
+        Annotated[EngineConfig, Tag(EngineConfig.__name__)]
+        | Annotated[ResilientConfig, Tag(ResilientConfig.__name__)],
+        Discriminator(_shape_of),
+    ]
     deployments: list[DeploymentConfig] = Field(default_factory=list)
     logging_config: LoggingConfig | None = None
     external_scaler_enabled: bool = False
@@ -884,9 +935,29 @@ class ApplicationConfig(Strict):
             )
         return self
 
+    @property
+    def engines(self) -> dict[str, EngineConfig]:
+        """By the name of their deployment."""
+        if isinstance(self.args, ResilientConfig):
+            return {model.model_id: model for model in self.args.models}
+        return {ENGINE: self.args}
+
+    @model_validator(mode="after")
+    def _args_are_the_builders(self) -> "ApplicationConfig":
+        is_resilient = isinstance(self.args, ResilientConfig)
+        if is_resilient != self.import_path.endswith(":build_resilient_app"):
+            raise ValueError(
+                f"application {self.name} has the import_path {self.import_path} and args "
+                f"{'with' if is_resilient else 'without'} `models`; they belong to "
+                "medusa_ray.serve:build_resilient_app, and to it alone."
+            )
+        return self
+
     @model_validator(mode="after")
     def _deployments_exist(self) -> "ApplicationConfig":
-        known, names = DEPLOYMENTS[self.import_path], [deployment.name for deployment in self.deployments]
+        known, names = list(self.engines), [deployment.name for deployment in self.deployments]
+        if isinstance(self.args, ResilientConfig):
+            known = [ROUTER, *known]
         for name in names:
             if name not in known:
                 raise ValueError(
@@ -897,16 +968,31 @@ class ApplicationConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _shards_have_places(self) -> "ApplicationConfig":
+        for deployment in self.deployments:
+            bundles, args = deployment.placement_group_bundles, self.engines.get(deployment.name)
+            num_shards = args.tensor_parallel if args else 1
+            if bundles is None or num_shards == 1 or len(bundles) == num_shards:
+                continue
+            raise ValueError(
+                f"application {self.name} has tensor_parallel {num_shards}, but {len(bundles)} "
+                "placement_group_bundles; give one for each shard, the replica's own first, or leave them out."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _autoscaling_can_fire(self) -> "ApplicationConfig":
         for deployment in self.deployments:
-            scaling, at_once = deployment.autoscaling_config, self.args.max_concurrent_requests
+            scaling = deployment.autoscaling_config
             if self.external_scaler_enabled and (scaling or deployment.num_replicas == "auto"):
                 raise ValueError(
                     f"application {self.name} has external_scaler_enabled and autoscales {deployment.name}; leave one "
                     "of them out."
                 )
-            if scaling is None or scaling.policy or not scaling.target_ongoing_requests:
+            args = self.engines.get(deployment.name)
+            if args is None or scaling is None or scaling.policy or not scaling.target_ongoing_requests:
                 continue
+            at_once = args.max_concurrent_requests
             if deployment.max_ongoing_requests and deployment.max_ongoing_requests < at_once:
                 at_once = deployment.max_ongoing_requests
             if scaling.target_ongoing_requests >= at_once:
@@ -914,7 +1000,7 @@ class ApplicationConfig(Strict):
                     f"application {self.name} would never start another replica: target_ongoing_requests is "
                     f"{scaling.target_ongoing_requests:g}, but a replica has {at_once} requests at most "
                     "(args.max_concurrent_requests and max_ongoing_requests). Leave the target out, or set it near "
-                    f"args.max_batch_size ({self.args.max_batch_size})."
+                    f"args.max_batch_size ({args.max_batch_size})."
                 )
         return self
 
@@ -1145,18 +1231,25 @@ def parse_any(raw: dict[str, Any], where: str) -> Strict:
     """The config that these values mean to be: of a run, of a server or of traffic, or the part of a KubeRay file that
     is ours, `serveConfigV2` of a RayService or `runtimeEnvYAML` of a RayJob."""
     if not str(raw.get("apiVersion", "")).startswith("ray.io/"):
-        return parse(kind_of(raw), raw, where)
+        kind = kind_of(raw)
+        if not any(_close(str(key), kind.model_fields) for key in raw):
+            keys = ", ".join(map(str, raw)) or "none"
+            raise UserError(
+                f"{where} has the keys {keys}; a run has `model` and `data`, a serve file `applications`, and traffic "
+                "`targets` and `prompts`."
+            )
+        return parse(kind, raw, where)
     ours: dict[str, tuple[str, type[Strict]]] = {
         "RayService": ("serveConfigV2", ServeConfig),
         "RayJob": ("runtimeEnvYAML", RuntimeEnv),
     }
     if raw.get("kind") not in ours:
         raise UserError(f"{where}: kind is {raw.get('kind')!r}; expected {' or '.join(ours)}.")
-    key, kind = ours[raw["kind"]]
+    key, kind_of_text = ours[raw["kind"]]
     text = (raw.get("spec") or {}).get(key)
     if not isinstance(text, str):
         raise UserError(f"{where}: spec.{key} is {text!r}; expected the text of a YAML file, after `{key}: |`.")
-    return parse(kind, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
+    return parse(kind_of_text, _mapping(text, f"{where}: spec.{key}"), f"{where}: spec.{key}")
 
 
 def notes(config: ServeConfig) -> list[str]:
@@ -1164,7 +1257,16 @@ def notes(config: ServeConfig) -> list[str]:
     http, found = config.http_options, []
     if "host" not in http.model_fields_set:
         found.append("http_options.host is not set: `medusa-ray serve` takes 127.0.0.1, `serve deploy` every interface")
-    open_apps = [app.name for app in config.applications if app.args.api_key_env is None]
+    if "request_timeout_s" not in http.model_fields_set:
+        found.append(
+            f"http_options.request_timeout_s is not set: `medusa-ray serve` takes {REQUEST_TIMEOUT_S:g} s, `serve "
+            "deploy` has no limit"
+        )
+    open_apps = [
+        app.name
+        for app in config.applications
+        if any(args.api_key_env is None for args in app.engines.values())
+    ]
     if http.host not in ("127.0.0.1", "localhost", "::1") and open_apps:
         found.append(
             f"http_options.host is {http.host}, and {', '.join(open_apps)} let everybody in who reaches it; name an "
@@ -1173,25 +1275,36 @@ def notes(config: ServeConfig) -> list[str]:
     for app in config.applications:
         if "import_path" not in app.model_fields_set:
             found.append(f"application {app.name} has no import_path, which `serve deploy` needs: {app.import_path}")
-        options = {deployment.name: deployment for deployment in app.deployments}.get(DEPLOYMENTS[app.import_path][-1])
-        resources = options.ray_actor_options if options else None
-        if app.args.device == "cuda" and not (resources and resources.num_gpus):
-            found.append(
-                f"application {app.name} runs on cuda, but its ray_actor_options ask for no num_gpus, and Ray hides "
-                "GPUs that nobody asked for"
-            )
-        scaling = options.autoscaling_config if options else None
-        if scaling and not scaling.target_ongoing_requests and not scaling.policy:
-            found.append(
-                f"application {app.name} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
-                f"args.max_batch_size ({app.args.max_batch_size}), `serve deploy` Ray's 2"
-            )
-        drain_s = (options and options.graceful_shutdown_timeout_s) or REQUEST_TIMEOUT_S
-        if http.request_timeout_s is None or http.request_timeout_s > drain_s:
-            found.append(
-                f"a reply of application {app.name} may take longer than a replica that ends waits for it, {drain_s:g} "
-                "s; lower http_options.request_timeout_s or raise graceful_shutdown_timeout_s"
-            )
+        for name, args in app.engines.items():
+            options = {deployment.name: deployment for deployment in app.deployments}.get(name)
+            found += _notes_on(app.name, args, options, http.request_timeout_s)
+    return found
+
+
+def _notes_on(
+    app: str, args: EngineConfig, options: DeploymentConfig | None, request_timeout_s: float | None
+) -> list[str]:
+    """The same of one engine and what the file overrides of its deployment."""
+    found = []
+    resources = options.ray_actor_options if options else None
+    if args.device == "cuda" and not (resources and resources.num_gpus):
+        found.append(
+            f"application {app} runs on cuda, but its ray_actor_options ask for no num_gpus, and Ray hides "
+            "GPUs that nobody asked for"
+        )
+    scaling = options.autoscaling_config if options else None
+    scales = scaling is not None or (options is not None and options.num_replicas == "auto")
+    if scales and not (scaling and (scaling.target_ongoing_requests or scaling.policy)):
+        found.append(
+            f"application {app} autoscales without target_ongoing_requests: `medusa-ray serve` takes "
+            f"args.max_batch_size ({args.max_batch_size}), `serve deploy` Ray's 2"
+        )
+    drain_s = (options and options.graceful_shutdown_timeout_s) or REQUEST_TIMEOUT_S
+    if request_timeout_s is None or request_timeout_s > drain_s:
+        found.append(
+            f"a reply of application {app} may take longer than a replica that ends waits for it, {drain_s:g} "
+            "s; lower http_options.request_timeout_s or raise graceful_shutdown_timeout_s"
+        )
     return found
 
 
@@ -1252,6 +1365,9 @@ def _locate(kind: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[S
         kind  # where a further part is looked up: a section, a list or dict of sections, a plain type
     )
     for part in loc:
+        if branch := _branches(inner).get(part):
+            inner = section = branch
+            continue
         if isinstance(part, str) and not _model_of(inner):
             break
         parts.append(str(part))
@@ -1287,6 +1403,12 @@ def _model_of(annotation: Any) -> type[Strict] | None:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return annotation
     return next((found for inner in get_args(annotation) if (found := _model_of(inner))), None)
+
+
+def _branches(annotation: Any) -> dict[int | str, type[Strict]]:
+    """The config classes of a union of several, by the names that pydantic puts into places."""
+    classes = [inner for inner in map(_model_of, get_args(annotation)) if inner]
+    return {inner.__name__: inner for inner in classes} if len(classes) > 1 else {}
 
 
 def _dotted(kind: type[Strict], prefix: str = "") -> list[str]:

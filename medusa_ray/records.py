@@ -111,6 +111,12 @@ REQUESTS = pa.schema(
         ),  # [j]: steps that accepted exactly j guesses; null likewise
         ("text", pa.string()),
         ("error", pa.string()),  # null when good
+        ("events", pa.int32()),  # of the stream, with content; null where nothing was streamed
+        ("last_s", pa.float64()),  # send to last content; null likewise
+        # When it was due to when it was sent, in an open load; null in a closed one, where it is due when it is sent.
+        ("wait_s", pa.float64()),
+        ("draft_tokens", pa.int32()),  # guesses verified for it; null where a server does not tell
+        ("category", pa.string()),  # what kind of prompt it is, a prompt row's `source`; null where unknown
     ]
 )
 

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from medusa_ray import grammar
 from medusa_ray.chat import Chat
+from medusa_ray.grammar import Grammar, GrammarError
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.sampling import MAX_LOGPROBS
 from medusa_ray.openai_api import ApiError, Incoming, Reply, check_stop, explain
@@ -24,6 +26,26 @@ ERRORS = {429: (429, "overloaded"), 500: (500, "incomplete_generation"), 503: (4
 
 
 # -------------------------------------------------------------------------------------------------- requests
+
+
+class GrammarParameter(Incoming):
+    """What the text of a reply must be. value: a JSON schema, as such or as text, or a regular expression."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Any
+
+    def compiled(self) -> Grammar:
+        """Raises GrammarError or ValueError."""
+        if self.type == "regex":
+            if not isinstance(self.value, str):
+                raise GrammarError(f"its value is {type(self.value).__name__}; expected a string")
+            return grammar.of_regex(self.value)
+        schema = json.loads(self.value) if isinstance(self.value, str) else self.value
+        if self.type == "json_schema" and isinstance(schema, dict) and "schema" in schema:
+            schema = schema["schema"]  # beside its name
+        return grammar.of_json_schema(schema)
 
 
 class GenerateParameters(Incoming):
@@ -49,6 +71,7 @@ class GenerateParameters(Incoming):
     typical_p: float | None = None
     watermark: Literal[False] | None = None
     adapter_id: None = None
+    grammar: GrammarParameter | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -75,6 +98,7 @@ class GenerateRequest(Incoming):
     input_field: ClassVar = "inputs"
     length_field: ClassVar = "parameters.max_new_tokens"
     num_unasked: ClassVar = MAX_NEW_TOKENS
+    num_choices: ClassVar = 1
     model: ClassVar = None  # whatever is served
     ignore_eos: ClassVar = False
     deadline_s: ClassVar = None
@@ -96,8 +120,22 @@ class GenerateRequest(Incoming):
         return self.parameters.stop
 
     @property
+    def num_characters(self) -> int:
+        """Of what is to be tokenised."""
+        return len(self.inputs)
+
+    @property
     def num_wanted(self) -> int | None:
         return self.parameters.max_new_tokens
+
+    @property
+    def constraint(self) -> tuple[str, Grammar] | None:
+        """What the text of the reply must be, and the field that says so. Raises ApiError for what cannot be."""
+        field, wanted = "parameters.grammar", self.parameters.grammar
+        try:
+            return (field, wanted.compiled()) if wanted else None
+        except (ValueError, RecursionError) as error:  # GrammarError among them
+            raise ApiError(400, f"{field} cannot be followed: {error}.", field, "invalid_grammar") from None
 
     @property
     def tells_tokens(self) -> bool:
@@ -153,18 +191,25 @@ class Envelope:
         self._shown = ""  # of that, what comes before a stop sequence
         self._num_events = 0
         self._last_id: int | None = None
+        self._reply: Reply | None = None
+        self._tokens: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
 
-    def body(self, text: str, reply: Reply) -> dict[str, Any]:
-        """The response to a request without streaming."""
-        tokens = self._take(reply)
-        self._shown = text
-        body: dict[str, Any] = {"generated_text": self._generated(reply)}
+    def add(self, text: str, reply: Reply) -> None:
+        """Takes in a step, for `body`."""
+        self._shown += text
+        self._reply = reply
+        self._tokens += self._take(reply)
+
+    def body(self) -> dict[str, Any]:
+        """The response to a request without streaming, once the reply is whole."""
+        assert self._reply is not None
+        body: dict[str, Any] = {"generated_text": self._generated(self._reply)}
         if self._request.parameters.details:
-            tops = [top for _, top in tokens]
+            tops = [top for _, top in self._tokens]
             body["details"] = {
-                **self._details(reply),
+                **self._details(self._reply),
                 "prefill": [],
-                "tokens": [token for token, _ in tokens],
+                "tokens": [token for token, _ in self._tokens],
                 **({"top_tokens": tops} if any(tops) else {}),
             }
         return body

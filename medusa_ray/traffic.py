@@ -29,6 +29,7 @@ Row = dict[str, Any]  # of records.TRAFFIC
 
 REASONS = (
     "text_completion",  # /v1/completions: no messages
+    "tools",  # functions that the model may call, which no chat row holds
     "opted_out",  # the request says `store: false`
     "cut_off",  # the client hung up in the middle, or the engine failed
     "empty",  # a reply without text

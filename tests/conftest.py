@@ -24,9 +24,12 @@ TEMPLATE = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU or hours unless -m names it. As -m of addopts it would be lost to any other -m."""
+    """Leaves out what needs a GPU, hours or a browser unless -m names it.
+
+    As -m of addopts that would be lost to any other -m.
+    """
     asked = str(config.option.markexpr)
-    opt_in = [marker for marker in ("gpu", "nightly") if marker not in asked]
+    opt_in = [marker for marker in ("gpu", "nightly", "browser") if marker not in asked]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in opt_in)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not any(item.get_closest_marker(marker) for marker in opt_in)]

@@ -37,7 +37,9 @@ def write_base(folder: Path) -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    LlamaConfig(vocab_size=257, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder)
+    LlamaConfig(vocab_size=257, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        folder
+    )
 
 
 def measure(folder: Path, num_rows: int, num_cpus: int) -> None:

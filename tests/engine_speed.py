@@ -159,7 +159,9 @@ def main() -> None:
             found[name] = with_an_oracle(random_base(name, folder), args.num_prompts, batch_sizes)
             show(name, found[name])
     if SHIPPED in bases:
-        real = profile.run(str(BASE), args.heads, args.prompts, args.num_prompts, tuple(batch_sizes), 128, True)
+        real = profile.run(
+            str(BASE), args.heads, args.prompts, args.num_prompts, tuple(batch_sizes), 128, True
+        )
         found[SHIPPED] = real["replies"]
         show(SHIPPED, real["replies"])
         shares = ", ".join(f"{share:.1%} at batch {size}" for size, share in real["outside_share"].items())

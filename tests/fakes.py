@@ -5,6 +5,8 @@ import math
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
+import torch
+
 from medusa_ray.medusa.acceptance import Logprob
 from medusa_ray.medusa.replies import Counters, Delta
 from medusa_ray.medusa.scheduler import QueueFull, Request
@@ -14,10 +16,12 @@ class ScriptedEngine:
     """Replies to every request with the same steps, whatever the prompt: [[token, ...], ...]."""
 
     mode, is_adaptive, heads = "eager", False, None
-    num_heads, num_nodes, num_running, num_waiting = 3, 8, 0, 0
+    vocab_size, eos_ids = 262, frozenset({2})
+    num_heads, num_nodes, num_running, num_waiting, num_waiting_tokens = 3, 8, 0, 0, 0
     scheduler = SimpleNamespace(num_queried_tokens=0, num_shared_tokens=0)
     cache = SimpleNamespace(usage=0.0)
     last_step_s = math.inf  # always alive
+    model = torch.nn.Linear(1, 1)
 
     def __init__(
         self, steps: list[list[int]], finish_reason: str = "stop", max_total_tokens: int = 512
@@ -33,8 +37,8 @@ class ScriptedEngine:
     def check(self, request: Request) -> None:
         request.check(vocab_size=262)
 
-    def check_room(self) -> None:
-        if self.num_open >= self.max_open:
+    def check_room(self, num: int = 1) -> None:
+        if self.num_open + num > self.max_open:
             raise QueueFull(f"{self.num_open} requests run or wait here")
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:

@@ -161,7 +161,9 @@ def test_arms_take_turns_at_every_load(benched: TrafficConfig) -> None:
     for row in rows_in(benched):
         run = (row["load"], row["arm"])
         first_s[run] = min(row["start_s"], first_s.get(run, row["start_s"]))
-    assert sorted(first_s, key=lambda run: first_s[run]) == [(load, arm) for load in LOADS for arm in TOKENS_PER_STEP]
+    assert sorted(first_s, key=lambda run: first_s[run]) == [
+        (load, arm) for load in LOADS for arm in TOKENS_PER_STEP
+    ]
 
 
 def test_every_second_round_starts_with_the_other_arm(tmp_path: Path) -> None:
@@ -234,7 +236,11 @@ def test_guidellms_own_means_are_those_of_the_rows(benched: TrafficConfig) -> No
     assert (arms["baseline"]["info"], arms["medusa"]["info"]) == (None, {"heads": 3})
     for arm in TOKENS_PER_STEP:
         for load in LOADS:
-            rows = [row for row in rows_in(benched) if (row["arm"], row["load"], row["error"]) == (arm, load, None)]
+            rows = [
+                row
+                for row in rows_in(benched)
+                if (row["arm"], row["load"], row["error"]) == (arm, load, None)
+            ]
             mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("latency_s", "ttft_s")}
             (theirs,) = arms[arm]["guidellm"][load]  # one round
             assert theirs["request_latency"] == pytest.approx(mean["latency_s"], rel=1e-6)

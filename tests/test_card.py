@@ -35,7 +35,10 @@ JOINT = {
 
 
 def finished(
-    run: Path, base: str = "acme/sql-8b", sources: list[str] | None = None, joint: dict[str, Any] | None = None
+    run: Path,
+    base: str = "acme/sql-8b",
+    sources: list[str] | None = None,
+    joint: dict[str, Any] | None = None,
 ) -> Path:
     """The stages' files beside those of `write_run`; returns heads/."""
     folder = run / "heads"
@@ -89,7 +92,11 @@ def test_the_hub_reads_the_front_matter(heads: Path) -> None:
     }
     theirs = ModelCard.load(heads / "README.md").data
     assert theirs.to_dict() == front
-    assert (theirs.base_model, theirs.license, theirs.library_name) == ("acme/sql-8b", "apache-2.0", "medusa_ray")
+    assert (theirs.base_model, theirs.license, theirs.library_name) == (
+        "acme/sql-8b",
+        "apache-2.0",
+        "medusa_ray",
+    )
 
 
 def test_figures_are_those_of_the_files(heads: Path) -> None:
@@ -120,7 +127,10 @@ def test_a_report_brings_speedup_beside_acceleration_with_n_and_hardware(heads: 
     _, text = read(heads)
     assert "Speed was not measured" not in text
     acceleration = written["arms"]["medusa"]["acceleration"]
-    assert f"at an acceleration of {acceleration:.2f} tokens per step, on AMD EPYC 9R14, 2 cores, 15.6 GiB" in text
+    assert (
+        f"at an acceleration of {acceleration:.2f} tokens per step, on AMD EPYC 9R14, 2 cores, 15.6 GiB"
+        in text
+    )
     for load, ratio in written["speedup"].items():
         arms = [written["arms"][arm]["load"][load] for arm in ("baseline", "medusa")]
         assert cells(text, load)[1:] == [
@@ -131,7 +141,9 @@ def test_a_report_brings_speedup_beside_acceleration_with_n_and_hardware(heads: 
         ]
     assert written["verdict"]["reason"] in text
     key = provenance.digest(str(heads))
-    assert provenance.read(f"{heads.parent}/evaluation")["inputs"]["heads"] == key, "the card made them other heads"
+    assert provenance.read(f"{heads.parent}/evaluation")["inputs"]["heads"] == key, (
+        "the card made them other heads"
+    )
 
 
 def test_figures_of_other_heads_are_not_taken(heads: Path) -> None:
@@ -140,7 +152,9 @@ def test_figures_of_other_heads_are_not_taken(heads: Path) -> None:
     provenance.write_json(f"{heads}/accuracy.json", {**ACCURACY, "heads": {"top1": [0.1], "top5": [0.2]}})
     record = provenance.read(str(heads))
     provenance.write(str(heads), {"train": TRAIN}, record["inputs"], num_steps=600)
-    provenance.write(f"{heads.parent}/distilled", {"distill": {"replies": "given"}}, {}, rows={"in": 9, "good": 9})
+    provenance.write(
+        f"{heads.parent}/distilled", {"distill": {"replies": "given"}}, {}, rows={"in": 9, "good": 9}
+    )
     card.write(str(heads))
     _, text = read(heads)
     assert "**Speed was not measured.**" in text
@@ -263,7 +277,13 @@ def test_its_serve_yaml_and_its_commands_are_valid(heads: Path) -> None:
     ],
 )
 def test_each_server_is_told_what_it_can_hold(
-    tmp_path: Path, layout: str, num_layers: int, num_tokens: int | None, as_is: str, needs_words: str, cannot: str
+    tmp_path: Path,
+    layout: str,
+    num_layers: int,
+    num_tokens: int | None,
+    as_is: str,
+    needs_words: str,
+    cannot: str,
 ) -> None:
     token_map_M = None if num_tokens is None else torch.arange(num_tokens)
     heads = MedusaHeads(

@@ -242,12 +242,19 @@ def test_plan_counts_what_is_there_and_bounds_the_rest(tmp_path: Path) -> None:
     assert figures()["positions of hidden states"] == f"at most {9 * 49}"
     assert figures()[passes] == f"1, of at most {9 * 150:,} tokens"
     rows: list[dict[str, Any]]
-    rows = [{"id": "a", "prompt_ids": [1] * 7}, {"id": "b", "error": "too long: very"}, {"id": "c", "prompt_ids": [1]}]
+    rows = [
+        {"id": "a", "prompt_ids": [1] * 7},
+        {"id": "b", "error": "too long: very"},
+        {"id": "c", "prompt_ids": [1]},
+    ]
     parts.write(f"{tmp_path}/prompts/train", "part-000000", pa.Table.from_pylist(rows, records.PROMPTS))
     provenance.write(f"{tmp_path}/prompts", {}, {})
     assert figures()["positions of hidden states"] == f"at most {2 * 49}"
     assert figures()[passes] == f"1, of at most {7 + 1 + 100} tokens"
-    rows = [{"id": "a", "prompt_ids": [1] * 7, "reply_ids": [1] * 6}, {"id": "c", "prompt_ids": [1], "reply_ids": [1]}]
+    rows = [
+        {"id": "a", "prompt_ids": [1] * 7, "reply_ids": [1] * 6},
+        {"id": "c", "prompt_ids": [1], "reply_ids": [1]},
+    ]
     parts.write(f"{tmp_path}/distilled", "part-000000", pa.Table.from_pylist(rows, records.DISTILLED))
     provenance.write(f"{tmp_path}/distilled", {}, {})
     assert figures()["positions of hidden states"] == "5"

@@ -216,12 +216,24 @@ def test_states_of_prompts_cannot_be_captured(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["distill.samples=2"], r"distill\.samples is 2, but distill\.temperature is 0"),
-        (["distill.samples=2", "distill.replies=given", "hidden.mode=compute"], r"but distill\.replies is 'given'"),
+        (
+            ["distill.samples=2", "distill.replies=given", "hidden.mode=compute"],
+            r"but distill\.replies is 'given'",
+        ),
         (["distill.engine=http", "hidden.mode=compute"], r"engine is 'http', but distill\.server is not set"),
         (["distill.server={url: u, model: m}"], r"engine is 'own', but distill\.server is set"),
-        (["distill.engine=http", "distill.server={url: u, model: m}"], r"but distill\.engine is 'http': a server"),
-        (["distill.engine=http", "distill.server={url: u, model: m, key: k}"], r"distill\.server\.key is not a key"),
-        *(([f"distill.num_actors={wrong}"], r"expected a whole number") for wrong in ("0", "4-2", "0-3", "many")),
+        (
+            ["distill.engine=http", "distill.server={url: u, model: m}"],
+            r"but distill\.engine is 'http': a server",
+        ),
+        (
+            ["distill.engine=http", "distill.server={url: u, model: m, key: k}"],
+            r"distill\.server\.key is not a key",
+        ),
+        *(
+            ([f"distill.num_actors={wrong}"], r"expected a whole number")
+            for wrong in ("0", "4-2", "0-3", "many")
+        ),
         (["distill.gpus_per_actor=1.5"], r"distill\.gpus_per_actor is 1\.5"),
     ],
 )

@@ -257,10 +257,12 @@ FAULTS: dict[str, Any] = {
     "wrong order: message 1 is of role user after user": [{"role": "user", "content": "x"}] * 2,
     "wrong order: message 2 is of role assistant after assistant": chat_of("x") + chat_of("x")[1:],
     "wrong order: message 1 is of role system after user": [
-        {"role": "user", "content": "x"}, {"role": "system", "content": "x"},
+        {"role": "user", "content": "x"},
+        {"role": "system", "content": "x"},
     ],
     "empty: the content of message 1 has no text": [
-        {"role": "user", "content": "x"}, {"role": "assistant", "content": ""},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": ""},
     ],
     "not UTF-8": b"\xff\xfe",
     "too long: 1024 tokens, over data.max_prompt_tokens = 9": [{"role": "user", "content": "x" * 1020}],

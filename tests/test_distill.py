@@ -299,15 +299,22 @@ def test_rows_of_another_config_are_refused_and_not_removed(tmp_path: Path, tiny
     for shard in list(distill.plan(f"{tmp_path}/prompts/train", 4))[:2]:
         generator(shard)
     assert start(config) == {"part-000000", "part-000001"}
-    assert start(config_of(tmp_path, tiny_base, batch_size=9, num_actors="auto")) == {"part-000000", "part-000001"}
+    assert start(config_of(tmp_path, tiny_base, batch_size=9, num_actors="auto")) == {
+        "part-000000",
+        "part-000001",
+    }
     other = config_of(tmp_path, tiny_base, seed=5)
-    with pytest.raises(UserError, match=r"distilled holds 2 parts of another run: distill\.seed was 0, and is 5\. Set"):
+    with pytest.raises(
+        UserError, match=r"distilled holds 2 parts of another run: distill\.seed was 0, and is 5\. Set"
+    ):
         start(other)
     deeper = config.model_copy(update={"hidden": config.hidden.model_copy(update={"top_k": 4})})
     with pytest.raises(UserError, match=r"hidden holds 2 parts of another run: top_k was 0, and is 4\. Set"):
         start(deeper)
     (tmp_path / "hidden" / "part-000001.parquet").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 parts of .* have no states in .* Set hidden\.mode to compute"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 parts of .* have no states in .* Set hidden\.mode to compute"
+    ):
         start(config)
     assert len(rows_of(config, "distilled")) == 8
 
@@ -355,11 +362,15 @@ def test_shards_of_two_threads_share_the_batch_and_not_their_rows(tmp_path: Path
 
     def generate(indices: range) -> list[list[int]]:
         with shared.entered(alone=False):
-            asked = [Request(prompts[i], lengths[i], temperature=1.0, seed=i, ignore_eos=True) for i in indices]
+            asked = [
+                Request(prompts[i], lengths[i], temperature=1.0, seed=i, ignore_eos=True) for i in indices
+            ]
             return [completion.token_ids for completion in shared.generate(asked)]
 
     with ThreadPoolExecutor(3) as pool:
-        replies = [ids for some in pool.map(generate, [range(i, i + 6) for i in range(0, 24, 6)]) for ids in some]
+        replies = [
+            ids for some in pool.map(generate, [range(i, i + 6) for i in range(0, 24, 6)]) for ids in some
+        ]
     for i, ids in enumerate(replies):
         (alone,) = engine.generate([prompts[i]], lengths[i], temperature=1.0, seed=i, ignore_eos=True)
         assert ids == alone.token_ids
@@ -413,7 +424,11 @@ def test_rows_are_what_the_engine_says_when_it_is_called_alone(
     assert [row["reply_ids"] for row in rows] == [completion.token_ids for completion in alone]
     assert [row["finish_reason"] for row in rows] == [completion.finish_reason for completion in alone]
     facts = provenance.read(config.artifact("distilled"))
-    assert (facts["rows"]["good"], facts["rows"]["in"], facts["sources"]) == (18, 20, {"train": facts["rows"]})
+    assert (facts["rows"]["good"], facts["rows"]["in"], facts["sources"]) == (
+        18,
+        20,
+        {"train": facts["rows"]},
+    )
     assert facts["num_reply_tokens"] == sum(len(row["reply_ids"]) for row in rows)
     assert 0 < facts["occupancy"]["all"] <= 1
 
@@ -475,12 +490,16 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
         pq.write_table = write
         return Parrot()
 
-    with pytest.raises(UserError, match=r"No space left on device\. What is finished is kept: once there is room"):
+    with pytest.raises(
+        UserError, match=r"No space left on device\. What is finished is kept: once there is room"
+    ):
         distill.run(config, on_a_small_disk)
     assert len(parts.names(str(distilled))) == 2
     written = (distilled / "part-000000.parquet").stat().st_mtime_ns
     room.touch()
     distill.run(config, on_a_small_disk)
     assert (distilled / "part-000000.parquet").stat().st_mtime_ns == written
-    assert [row["id"] for row in rows_of(config, "distilled")] == [f"chat{i:02}/0/0" for i in range(NUM_PROMPTS)]
+    assert [row["id"] for row in rows_of(config, "distilled")] == [
+        f"chat{i:02}/0/0" for i in range(NUM_PROMPTS)
+    ]
     assert not list(distilled.rglob("*.unfinished"))

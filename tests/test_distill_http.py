@@ -116,7 +116,9 @@ def asked_for(config: RunConfig) -> list[dict[str, Any]]:
     return rows_of(config, "distilled")
 
 
-def test_a_server_that_stumbles_gives_every_row_its_reply(fake: Fake, tmp_path: Path, tiny_base: Path) -> None:
+def test_a_server_that_stumbles_gives_every_row_its_reply(
+    fake: Fake, tmp_path: Path, tiny_base: Path
+) -> None:
     """A fault that is not tried again loses a row; one that is tried for ever loses the run."""
     prompts = make_prompts(tmp_path, tiny_base)
     config = http_config(tmp_path, tiny_base, fake.url, concurrency=4)
@@ -197,7 +199,9 @@ def own_server(tiny_base: Path) -> Iterator[str]:
     """Our own server of the base, in a thread."""
     uvicorn = pytest.importorskip("uvicorn")
     engine = Engine.load(str(tiny_base), max_batch_size=4, max_total_tokens=512)
-    app = build_api(Server(engine, Chat.load(str(tiny_base)), EngineConfig(model_id="m", base=str(tiny_base))))
+    app = build_api(
+        Server(engine, Chat.load(str(tiny_base)), EngineConfig(model_id="m", base=str(tiny_base)))
+    )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -16,9 +16,20 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "medusa_ray"
 
 PAPER, MATHS, MODEL, STAGES, DOOR = range(5)
-STAGE_MODULES = {"data", "distill", "hidden", "train", "evaluate", "serve", "bench", "profile", "hub", "exchange"}
+STAGE_MODULES = {
+    "data",
+    "distill",
+    "hidden",
+    "train",
+    "evaluate",
+    "serve",
+    "bench",
+    "profile",
+    "hub",
+    "exchange",
+}
 FLOORS = {
-    PAPER: {"card", "config", "records", "provenance", "parts", "report", "traffic"},
+    PAPER: {"card", "config", "records", "provenance", "parts", "report", "tools", "traffic"},
     MATHS: {
         f"medusa.{name}"
         for name in (
@@ -28,26 +39,38 @@ FLOORS = {
     },
     MODEL: {
         "chat",
+        "grammar",
         "openai_api",
+        "tgi_api",
         "states",
         *(
             f"medusa.{name}"
-            for name in ["attention", "base", "backbone", "cache", "conformance", "treepass", "compiled", "graphs"]
+            for name in [
+                "attention",
+                "base",
+                "backbone",
+                "cache",
+                "conformance",
+                "treepass",
+                "compiled",
+                "graphs",
+            ]
         ),
-        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "engine", "reference", "states"]),
+        *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
     DOOR: {"cli", "demo"},
 }
 # The floor where each library first appears.
 LIBRARIES = {
-    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "yaml"},
+    PAPER: {"fsspec", "matplotlib", "numpy", "pyarrow", "pydantic", "pydantic_core", "yaml"},
     MATHS: {"safetensors", "torch", "triton"},
-    MODEL: {"peft", "tokenizers", "transformers"},
+    MODEL: {"llguidance", "peft", "tokenizers", "transformers"},
     STAGES: {
         "bitsandbytes",
         "deepspeed",
         "fastapi",
+        "grpc",
         "huggingface_hub",
         "prometheus_client",
         "psutil",

@@ -29,7 +29,9 @@ def figures(config: RunConfig) -> dict[str, Any]:
     return {**acceptance, **quality}
 
 
-def test_joint_training_accepts_more_and_says_as_much_that_is_right(ray_cluster: None, tmp_path: Path) -> None:
+def test_joint_training_accepts_more_and_says_as_much_that_is_right(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     demo = Demo(tmp_path / "medusa1", None, FULL, None, None)
     demo.out.mkdir()
     demo.write_chats()
@@ -46,7 +48,9 @@ def test_joint_training_accepts_more_and_says_as_much_that_is_right(ray_cluster:
     os.mkdir(both.output)
     for name in ("prompts", "distilled", "hidden"):
         os.symlink(alone.artifact(name), both.artifact(name))
-    shutil.copytree(alone.artifact("heads"), both.artifact("warm_heads"))  # which are what it would train first
+    shutil.copytree(
+        alone.artifact("heads"), both.artifact("warm_heads")
+    )  # which are what it would train first
     for stage in ("train", "evaluate"):
         run_stage(stage, both)
     before, after = figures(alone), figures(both)

@@ -24,10 +24,14 @@ def test_parts_of_the_same_key_are_kept_and_others_are_cleared(tmp_path: Path) -
 def test_parts_too_dear_to_lose_are_refused_by_name_of_what_changed(tmp_path: Path) -> None:
     folder, of = str(tmp_path / "distilled"), {"distill": {"seed": 0, "top_p": 1.0}}
     parts.begin(folder, "key", of)
-    assert parts.begin(folder, "another", {"distill": {"seed": 1}}, is_dear=True) == set()  # nothing there to lose
+    assert (
+        parts.begin(folder, "another", {"distill": {"seed": 1}}, is_dear=True) == set()
+    )  # nothing there to lose
     parts.begin(folder, "key", of)
     parts.write(folder, parts.part_name(1), TABLE)
-    with pytest.raises(UserError, match=r"distilled holds 1 parts of another run: distill\.seed was 0, and is 1\. Set"):
+    with pytest.raises(
+        UserError, match=r"distilled holds 1 parts of another run: distill\.seed was 0, and is 1\. Set"
+    ):
         parts.begin(folder, "another", {"distill": {"seed": 1, "top_p": 1.0}}, is_dear=True)
     assert parts.begin(folder, "key", of, is_dear=True) == {"part-000001"}
 

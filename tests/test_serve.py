@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, ServeConfig, UserError
 from medusa_ray.medusa.heads import MedusaHeads
 from medusa_ray.serve import Server, build_api
-from medusa_ray.serve.app import application
+from medusa_ray.serve.cluster import application
 
 CONFIGS = Path(__file__).parent.parent / "serve_configs"
 SERVE_FILES = [
@@ -149,7 +150,7 @@ def test_the_engine_gets_every_setting_and_the_client_the_logprobs(chat: Chat) -
         (400, {"messages": [{"role": "user", "content": "x" * 600}]}, "at most 511 (max_input_tokens)"),
         (400, {"stop": list("abcde")}, "stop has 5 strings, but at most 4 (max_stop_sequences)"),
         (400, {"max_tokens": 511}, "ask for at most"),
-        (400, {"tools": [{"type": "function"}]}, "tools is not supported"),
+        (400, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
         (400, {"temperature": 3}, "temperature is 3"),
         (400, {"logit_bias": {"262": 1}}, "logit_bias has the token id 262, outside 0 ... 261"),
     ],
@@ -449,11 +450,33 @@ def test_each_application_has_its_own_name_facts_and_metrics(urls: dict[str, str
         "medusa_ray_spec_decode_num_drafts_total",
         "medusa_ray_spec_decode_num_draft_tokens_total",
         "medusa_ray_spec_decode_num_accepted_tokens_total",
-        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2"}',
+        'medusa_ray_spec_decode_num_accepted_tokens_per_pos_total{model_name="medusa",position="2",replica="',
         "medusa_ray_request_skipped_tokens_sum",
         "medusa_ray_request_skipped_tokens_count",
     ):
         assert name in httpx.get(f"{urls['medusa']}/metrics").text
+
+
+@pytest.mark.ray
+def test_ray_tells_the_metrics_of_every_replica(urls: dict[str, str]) -> None:
+    """Behind the proxy /metrics is that of one replica, whichever answers."""
+    response = httpx.post(f"{urls['medusa']}{CHAT_URL}", json=CHAT, headers={"x-request-id": "mine"}, timeout=60)
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    here = httpx.get(f"{urls['medusa']}/metrics").text
+    assert 'replica="' in here
+    node = ray.nodes()[0]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = [
+        re.compile(f'{name}{{.*application="{app}".*replica="', re.MULTILINE)
+        for app in urls
+        for name in ("^ray_medusa_ray_request_count_total", "^ray_medusa_ray_e2e_request_latency_seconds_bucket")
+    ]
+    text = ""
+    deadline_s = time.monotonic() + 60
+    while not all(pattern.search(text) for pattern in wanted):
+        assert time.monotonic() < deadline_s, text
+        time.sleep(1)
+        text = httpx.get(page, timeout=30).text
 
 
 @pytest.mark.ray

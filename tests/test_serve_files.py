@@ -1,19 +1,24 @@
 """Serve files: what `validate` refuses, what a file leaves out, and the files that ship, for Kubernetes too."""
 
 import json
+import math
 import re
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray
 import yaml
 from packaging.requirements import Requirement
 
-from medusa_ray import config
+from medusa_ray import config, serve
 from medusa_ray.config import ServeConfig, Strict, UserError
 from medusa_ray.demo import pipeline
-from medusa_ray.serve.app import application
+from medusa_ray.serve.cluster import application
 from medusa_ray.serve.metrics import Metrics
 from medusa_ray.serve.server import Server
 
@@ -42,7 +47,11 @@ def file_of(
     }
     if engine is not None:
         one["deployments"] = [{"name": "Engine", **engine}]
-    return {"http_options": {"host": "127.0.0.1", **dict(http)}, "applications": [one], **dict(top)}
+    return {
+        "http_options": {"host": "127.0.0.1", "request_timeout_s": 600, **dict(http)},
+        "applications": [one],
+        **dict(top),
+    }
 
 
 def parsed(**keys: Any) -> ServeConfig:
@@ -55,7 +64,7 @@ def parsed(**keys: Any) -> ServeConfig:
 def test_the_keys_of_a_serve_file_are_ray_serves() -> None:
     """A Ray that adds a key, or drops one, fails here: it is to be taken, or refused with a reason."""
     from ray.runtime_env import RuntimeEnv
-    from ray.serve import config as serve
+    from ray.serve import config as ray_config
     from ray.serve import schema
 
     pairs: list[tuple[type[Strict], Any]] = [
@@ -67,10 +76,10 @@ def test_the_keys_of_a_serve_file_are_ray_serves() -> None:
         (config.ApplicationConfig, schema.ServeApplicationSchema),
         (config.DeploymentConfig, schema.DeploymentSchema),
         (config.RayActorOptions, schema.RayActorOptionsSchema),
-        (config.AutoscalingConfig, serve.AutoscalingConfig),
-        (config.AutoscalingPolicy, serve.AutoscalingPolicy),
-        (config.BackpressureConfig, serve.BackpressureConfig),
-        (config.RequestRouterConfig, serve.RequestRouterConfig),
+        (config.AutoscalingConfig, ray_config.AutoscalingConfig),
+        (config.AutoscalingPolicy, ray_config.AutoscalingPolicy),
+        (config.BackpressureConfig, ray_config.BackpressureConfig),
+        (config.RequestRouterConfig, ray_config.RequestRouterConfig),
     ]
     for ours, theirs in pairs:
         known = set(ours.model_fields) | set(ours.refused)
@@ -152,6 +161,7 @@ def test_a_key_of_ray_serves_that_does_not_fit_here_is_refused_with_the_reason()
         ({"app": {"deployments": [{"name": "Engin"}]}}, r"a deployment named 'Engin'; it has Engine"),
         ({"app": {"deployments": [{"name": "Engine"}] * 2}}, r"overrides the deployment Engine twice"),
         ({"engine": {"num_replicas": 0}}, r"num_replicas is 0"),
+        ({"engine": {"max_queued_requests": 0}}, r"max_queued_requests is 0"),
         ({"engine": {"num_replicas": 2, "autoscaling_config": {}}}, r"num_replicas 2 and autoscaling_config"),
         (
             {"engine": {"autoscaling_config": {"min_replicas": 3}}},
@@ -186,13 +196,15 @@ def test_a_target_below_what_a_replica_takes_can_fire() -> None:
         ({"http": {"host": "0.0.0.0"}}, "medusa let everybody in who reaches it"),
         ({"args": {"device": "cuda"}}, "ask for no num_gpus"),
         ({"engine": {"autoscaling_config": {"max_replicas": 2}}}, "`serve deploy` Ray's 2"),
+        ({"engine": {"num_replicas": "auto"}}, "`serve deploy` Ray's 2"),
         ({"http": {"request_timeout_s": 900}}, "longer than a replica that ends waits for it, 600 s"),
         ({"http": {"request_timeout_s": None}}, "longer than a replica that ends waits for it, 600 s"),
         (
             {"engine": {"graceful_shutdown_timeout_s": 20}},
             "longer than a replica that ends waits for it, 20 s",
         ),
-        ({"top": {"http_options": {}}}, "http_options.host is not set"),
+        ({"top": {"http_options": {"request_timeout_s": 600}}}, "http_options.host is not set"),
+        ({"top": {"http_options": {"host": "127.0.0.1"}}}, "http_options.request_timeout_s is not set"),
         (
             {"top": {"applications": [{"name": "a", "args": {"model_id": "m", "base": "b"}}]}},
             "no import_path",
@@ -223,6 +235,14 @@ def test_an_anchor_is_read_as_yaml_has_it_and_a_key_that_stands_twice_is_still_r
     path.write_text(text.replace("*engine", "*engin"))
     with pytest.raises(UserError, match="undefined alias 'engin'"):
         config.read(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "services: {web: {image: x}}", "- a"])
+def test_a_file_of_something_else_is_refused_as_one(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "compose.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"compose\.yaml (has the keys .*; a run has|holds list)"):
+        config.parse_any(config.read(path), str(path))
 
 
 # -------------------------------------------------------------------------------------------- what a file leaves out
@@ -370,7 +390,8 @@ def test_the_rayservice_serves_the_plain_file() -> None:
     names = [[one["name"] for one in pod["containers"][0]["env"]] for pod in pods]
     assert names[0] == names[1]
     assert {key, "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"} <= set(names[0])
-    assert group["maxReplicas"] == options["autoscaling_config"]["max_replicas"]
+    num_replicas = options["autoscaling_config"]["max_replicas"]
+    assert group["maxReplicas"] == num_replicas + math.ceil(num_replicas * options["max_surge_percent"] / 100)
     limits = pods[1]["containers"][0]["resources"]["limits"]
     assert float(limits["nvidia.com/gpu"]) == options["ray_actor_options"]["num_gpus"]
     assert float(limits["cpu"]) >= options["ray_actor_options"]["num_cpus"]
@@ -464,7 +485,11 @@ def dashboard() -> dict[str, Any]:
 def test_every_metric_of_the_dashboard_is_one_that_a_server_exports(tiny_base: Path) -> None:
     """A panel of a metric that was renamed stays empty, which looks like a server without traffic."""
     args = config.EngineConfig(model_id="m", base=str(tiny_base), dtype="float32", device="cpu", compile="no")
-    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "summary": ["_sum", "_count"]}
+    suffixes = {
+        "counter": ["_total"],
+        "histogram": ["_bucket", "_sum", "_count"],
+        "summary": ["_sum", "_count"],
+    }
     exported = {
         family.name + suffix
         for family in Metrics(Server.load(args)).collect()
@@ -477,7 +502,15 @@ def test_every_metric_of_the_dashboard_is_one_that_a_server_exports(tiny_base: P
     assert {name.replace("${prefix}", "medusa_ray") for name in used} <= exported
     assert [option["value"] for option in variables["prefix"]["options"]] == ["ray_medusa_ray", "medusa_ray"]
     assert not re.findall(r"(?<!\w)medusa_ray_", "".join(expressions))  # each by the prefix that is chosen
-    for part in ("time_to_first_token", "inter_token", "waiting", "per_pos", "tree_nodes", "failure", "kv_cache"):
+    for part in (
+        "time_to_first_token",
+        "inter_token",
+        "waiting",
+        "per_pos",
+        "tree_nodes",
+        "failure",
+        "kv_cache",
+    ):
         assert any(part in name for name in used), part
 
 
@@ -501,3 +534,84 @@ def test_the_panels_of_the_dashboard_have_ids_targets_and_a_place_of_their_own()
         for target in panel["targets"]:
             assert target["expr"].count("(") == target["expr"].count(")")
             assert target["expr"].count("{") == target["expr"].count("}")
+
+
+# -------------------------------------------------------------------------------------------- with Ray
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tiny_base: Path) -> Iterator[str]:
+    """An application that Ray Serve itself builds from a file, as `serve deploy` has it do."""
+    from ray.serve.schema import ServeDeploySchema
+
+    args = {
+        "base": str(tiny_base),
+        "dtype": "float32",
+        "device": "cpu",
+        "compile": "no",
+        "max_total_tokens": 500,
+    }
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 8}
+    raw = file_of(
+        args={**args, "max_batch_size": 8},
+        engine={"num_replicas": "auto", "autoscaling_config": scaling},
+        http={"port": serve.free_port(), "request_timeout_s": 300},
+    )
+    assert config.notes(config.parse(ServeConfig, raw, "x.yaml")) == []
+    ray.serve.start(raw.get("proxy_location", "HeadOnly"), raw["http_options"])
+    client().deploy_apps(ServeDeploySchema.model_validate(raw))
+    deadline_s = time.monotonic() + 200
+    while (app := ray.serve.status().applications.get("medusa")) is None or app.status != "RUNNING":
+        assert app is None or app.status == "DEPLOYING", app.message
+        assert time.monotonic() < deadline_s, app
+        time.sleep(0.1)
+    url = f"http://127.0.0.1:{raw['http_options']['port']}"
+    serve.wait_for_route(f"{url}/health", deadline_s)
+    yield url
+    serve.shutdown()
+    ray.serve.shutdown()
+
+
+def client() -> Any:
+    """Ray Serve's own, which the dashboard hands files to."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client()
+
+
+@pytest.mark.ray
+def test_serve_deploy_runs_a_file_with_all_that_it_leaves_out(url: str) -> None:
+    """The file overrides some options of the deployment; those that the application sets must outlive that."""
+    details = client().get_serve_details()
+    assert details["http_options"]["request_timeout_s"] == 300
+    options = details["applications"]["medusa"]["deployments"]["Engine"]["deployment_config"]
+    assert (options["max_ongoing_requests"], options["max_queued_requests"]) == (256, 256)
+    assert options["backpressure_config"] == {"status_code": 429, "retry_after_s": 1}
+    assert (options["health_check_period_s"], options["health_check_timeout_s"]) == (3, 30)
+    assert options["graceful_shutdown_timeout_s"] == 630
+    scaling = options["autoscaling_config"]
+    assert (scaling["max_replicas"], scaling["target_ongoing_requests"]) == (2, 8)
+
+
+@pytest.mark.ray
+def test_a_replica_that_ends_finishes_the_reply_that_it_sends(url: str) -> None:
+    """The last test of this application."""
+    body = {
+        "model": "m",
+        "prompt": "SELECT",
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": 400,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        ray.serve.delete("medusa", _blocking=False)
+        events = [line for line in (first, *lines) if line]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    deadline_s = time.monotonic() + 60
+    while ray.serve.status().applications:  # it does not wait for its 630 s then
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)

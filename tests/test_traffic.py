@@ -197,7 +197,10 @@ def mask(row: Row) -> Row | None:
         return {**row, "messages": [{"role": "user", "content": 5}]}
     if "no messages" in text:
         return {**row, "messages": None}
-    return {**row, "messages": [{**m, "content": m["content"].replace("0000", "****")} for m in row["messages"]]}
+    return {
+        **row,
+        "messages": [{**m, "content": m["content"].replace("0000", "****")} for m in row["messages"]],
+    }
 
 
 def test_a_hook_changes_or_drops_rows_and_fails_no_request(
@@ -239,7 +242,10 @@ def test_a_hook_that_cannot_be_imported_stops_a_server_from_starting(redact: str
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"uri": "u", "redact": "privacy.mask"}, "traffic_log.redact is 'privacy.mask'; expected 'module:function'"),
+        (
+            {"uri": "u", "redact": "privacy.mask"},
+            "traffic_log.redact is 'privacy.mask'; expected 'module:function'",
+        ),
         ({"uri": "u", "share": 1.5}, "traffic_log.share is 1.5"),
         ({"share": 1.0}, "traffic_log.uri is missing"),
         ({"uri": "u", "redakt": "a:b"}, "did you mean applications.0.args.traffic_log.redact"),
@@ -348,7 +354,13 @@ def test_what_a_deployed_model_answered_are_the_chats_of_the_next_run(
     ray_cluster: None, tiny_base: Path, tmp_path: Path
 ) -> None:
     log = {"uri": str(tmp_path / "traffic"), "max_rows": 4}
-    args = {"model_id": "medusa", "base": str(tiny_base), "dtype": "float32", "device": "cpu", "compile": "no"}
+    args = {
+        "model_id": "medusa",
+        "base": str(tiny_base),
+        "dtype": "float32",
+        "device": "cpu",
+        "compile": "no",
+    }
     app = {"name": "medusa", "args": {**args, "traffic_log": log}}
     raw = {"http_options": {"port": serve.free_port()}, "applications": [app]}
     url = serve.deploy(config.parse(ServeConfig, raw, "loop.yaml"))["medusa"]

@@ -261,7 +261,9 @@ def test_layers_computed_again_give_the_same_gradients_and_leave_little_behind(t
             result = model(rows, torch.ones(1 + H), False)
         num_bytes.append(sum(event.self_cpu_memory_usage for event in profile.events()))
         result.loss.backward()
-        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+        gradients.append(
+            {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        )
     assert all((gradients[0][name] - own).abs().max() <= 1e-6 for name, own in gradients[1].items())
     assert num_bytes[0] < num_bytes[1] / 5  # measured: an eighth, for eight layers
 
@@ -527,7 +529,14 @@ def test_a_run_warms_the_heads_trains_both_and_is_judged_by_the_adapted_base(
 
     ids = [[1, *range(6 + row, 30 + row)] for row in range(6)]
     prompts = [
-        {"id": f"{row}/0", "messages": None, "prompt_ids": own, "reference": "x", "reference_ids": [], "error": None}
+        {
+            "id": f"{row}/0",
+            "messages": None,
+            "prompt_ids": own,
+            "reference": "x",
+            "reference_ids": [],
+            "error": None,
+        }
         for row, own in enumerate(ids)
     ]
     table = pa.Table.from_pylist(prompts, records.PROMPTS)
@@ -536,5 +545,7 @@ def test_a_run_warms_the_heads_trains_both_and_is_judged_by_the_adapted_base(
     evaluate.run(config.model_copy(update={"evaluate": config.evaluate.model_copy(update=settings)}))
     found = pq.read_table(f"{config.artifact('evaluation')}/replies.parquet")["reply"].to_pylist()
     merged = base_of.load(config.artifact("adapter"), torch.float32, "cpu")
-    said = [merged.generate(torch.tensor([own]), max_new_tokens=12, do_sample=False)[0, len(own) :] for own in ids]
+    said = [
+        merged.generate(torch.tensor([own]), max_new_tokens=12, do_sample=False)[0, len(own) :] for own in ids
+    ]
     assert found == [Chat.load(str(tiny_base)).text(reply.tolist()) for reply in said]

@@ -194,7 +194,8 @@ def serve(serve_yaml: Annotated[str, typer.Argument(metavar="SERVE.YAML", show_d
         with step("serve"):
             urls = stage.deploy(serve_config)
         for application in serve_config.applications:
-            print(f"{application.args.model_id}: {urls[application.name]}/v1", flush=True)
+            for model in application.engines.values():
+                print(f"{model.model_id}: {urls[application.name]}/v1", flush=True)
         if is_local:
             print("Ctrl-C ends the servers.", flush=True)
             try:

@@ -8,6 +8,7 @@ import asyncio
 import http.client
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -18,10 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medusa_ray import serve as stage
-from medusa_ray.config import EngineConfig
+from medusa_ray.config import EngineConfig, ResilientConfig
 from medusa_ray.medusa.replies import Counters, Delta
 from medusa_ray.medusa.scheduler import Request
 
+ARGS = EngineConfig(model_id="instant", base="-")
 NUM_TOKENS = 32
 NUM_WARMUP = 3
 
@@ -68,8 +70,10 @@ class Instant:
     """An engine, its chat and its detokenizer, none of which takes any time."""
 
     max_total_tokens, num_nodes, num_running, num_waiting, failure, counters = 512, 0, 0, 0, None, Counters()
+    num_waiting_tokens, last_step_s = 0, math.inf  # always alive
+    tokenizer, vocab_size, eos_ids = None, 1, frozenset[int]()
 
-    def check_room(self) -> None:
+    def check_room(self, num: int) -> None:
         pass
 
     def check(self, request: Request) -> None:
@@ -93,26 +97,46 @@ class Instant:
         return ""
 
 
+def instant_server() -> stage.Server:
+    instant: Any = Instant()
+    return stage.Server(instant, instant, ARGS)
+
+
 class Replica:
     def __serve_build_asgi_app__(self) -> Any:
-        instant: Any = Instant()
-        return stage.build_api(stage.Server(instant, instant, EngineConfig(model_id="instant", base="-")))
+        return stage.build_api(instant_server())
+
+
+class RoutedReplica(stage.RoutedReplica):
+    def __init__(self) -> None:
+        self.server = instant_server()
+        self.api = stage.build_api(self.server, tells_id=False)
+
+    async def reconfigure(self, user_config: Any, rank: Any) -> None:
+        pass
 
 
 def measure_without_model(settings: str) -> dict[str, dict[str, float]]:
-    """Serves the instant engine on a Ray of its own, with Ray Serve's settings or with ours."""
+    """Serves the instant engine in both shapes on a Ray of its own, with Ray Serve's settings or with ours."""
     os.environ.update(stage.environment() if settings == "ours" else {})
     import ray
     from ray import serve
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     port = stage.free_port()
     serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
-    serve.run(serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), route_prefix="/instant")
-    url = f"http://127.0.0.1:{port}/instant"
+    engine = serve.deployment(name="instant")(RoutedReplica).bind()
+    router = serve.deployment(name="Router")(serve.ingress()(stage.Router))
+    resilient = router.bind(ResilientConfig(models=[ARGS]), {"instant": engine})
+    serve.run(
+        serve.deployment(name="Engine")(serve.ingress()(Replica)).bind(), name="fast", route_prefix="/fast"
+    )
+    serve.run(resilient, name="resilient", route_prefix="/resilient")
+    fast, routed = (f"http://127.0.0.1:{port}/{shape}" for shape in ("fast", "resilient"))
+    of_routed = {"resilient shape": measure(routed, "instant", 40)}
     if settings == "ours":
-        return compare(url, "instant")
-    return {"Ray Serve's defaults": measure(url, "instant", 40)}
+        return {**compare(fast, "instant"), **of_routed}
+    return {"Ray Serve's defaults": measure(fast, "instant", 40), **of_routed}
 
 
 def main() -> None:

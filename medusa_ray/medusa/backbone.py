@@ -4,6 +4,8 @@ The hidden states are what the output layer receives, and the logits come from t
 scaling and soft caps hold.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 
 from medusa_ray.medusa import attention, conformance
 from medusa_ray.medusa.attention import Step
-from medusa_ray.medusa.base import Quantization, load
+from medusa_ray.medusa.base import Quantization, load, output_weight
 
 
 class Backbone:
@@ -30,6 +32,7 @@ class Backbone:
             config.max_position_embeddings, self.rope_limit or config.max_position_embeddings
         )
         self.eos_ids = _eos_ids(model)
+        self._whole_output: Callable[[], Tensor] | None = None  # where the model has a shard of it
         self._wanted_BW: Tensor | None = None
         self._hidden_BWC: Tensor | None = None
         its_own = model.config._attn_implementation
@@ -57,12 +60,16 @@ class Backbone:
         device: str,
         revision: str | None = None,
         quantization: Quantization = "none",
+        num_shards: int = 1,
     ) -> "Backbone":
-        """From a folder or hub name, of an adapter too.
+        """From a folder or hub name, of an adapter too; num_shards as base.load takes it.
 
         Raises OSError when it is neither, ValueError when it cannot be loaded or served.
         """
-        return cls(load(base, dtype, device, revision, quantization))
+        backbone = cls(load(base, dtype, device, revision, quantization, num_shards))
+        if num_shards > 1:
+            backbone._whole_output = partial(output_weight, base, revision)
+        return backbone
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +81,9 @@ class Backbone:
 
     @property
     def output_weight_VC(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        if self._whole_output is None:
+            return self.model.get_output_embeddings().weight
+        return self._whole_output().to(self.device, self.dtype)
 
     def forward(self, token_BT: Tensor, step: Step, wanted_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, W, V] and hidden states [B, W, C] at the wanted tokens of each row."""

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 Quantization = Literal["none", "4bit"]
@@ -33,18 +34,23 @@ def load(
     device: str,
     revision: str | None = None,
     quantization: Quantization = "none",
+    num_shards: int = 1,
 ) -> PreTrainedModel:
     """The model of a folder or hub name, an adapter's merged into the base that it names.
 
-    dtype: "auto" is the one that it is stored in. revision: of the hub name given. Raises OSError when it is neither,
-    ValueError for what cannot be loaded, a missing package among it.
+    dtype: "auto" is the one that it is stored in. revision: of the hub name given. num_shards: of so many processes in
+    torch's process group each calls this, and gets a shard. Raises OSError when it is neither, ValueError for what
+    cannot be loaded, a missing package among it.
     """
     options: dict[str, Any] = {"dtype": dtype}
+    if num_shards > 1:
+        check_shards(base, num_shards, revision, quantization)
+        options |= {"distributed_config": DistributedConfig(tp_size=num_shards)}
     if quantization == "4bit":
         options |= {"quantization_config": _four_bits(dtype, device), "device_map": {"": device}}
     name, base_revision = under_adapter(base, revision)
     model: Any = AutoModelForCausalLM.from_pretrained(name, revision=base_revision, **options)
-    if quantization == "none":
+    if quantization == "none" and num_shards == 1:
         model = model.to(device)
     if name != base:
         if find_spec("peft") is None:
@@ -59,6 +65,31 @@ def load(
         except RuntimeError as error:  # weights of another shape
             raise ValueError(f"the adapter {base} does not fit its base {name}: {error}") from error
     return model.eval()
+
+
+def check_shards(
+    base: str, num_shards: int, revision: str | None, quantization: Quantization = "none"
+) -> None:
+    """Raises ValueError for a base that cannot be laid out over so many processes."""
+    name, base_revision = under_adapter(base, revision)
+    if name != base or quantization != "none":
+        what = "an adapter" if name != base else "quantized"
+        raise ValueError(
+            f"tensor_parallel is {num_shards}, but {base} is {what}, and only plain weights are split between "
+            "processes. Set tensor_parallel to 1, or the base to a merged model in plain weights."
+        )
+    config = text_config(base, base_revision)
+    if not config.base_model_tp_plan:
+        raise ValueError(
+            f"tensor_parallel is {num_shards}, but transformers has no tensor-parallel plan for {config.model_type}. "
+            "Set tensor_parallel to 1."
+        )
+    for count in ("num_attention_heads", "num_key_value_heads"):
+        if (num_heads := getattr(config, count, None)) is not None and num_heads % num_shards:
+            raise ValueError(
+                f"tensor_parallel is {num_shards}, but {base} has {num_heads} {count}, which do not divide into so "
+                "many parts. Set tensor_parallel to a divisor of them."
+            )
 
 
 def under_adapter(base: str, revision: str | None = None) -> tuple[str, str | None]:

@@ -37,6 +37,7 @@ from medusa_ray.medusa.processors import History, allowed_masks
 from medusa_ray.medusa.replies import Completion, Counters, Delta
 from medusa_ray.medusa.sampling import Sampling, Settings, is_whole
 from medusa_ray.medusa.scheduler import Request, Scheduler, Sequence
+from medusa_ray.medusa.sharded import ShardedPass, Shards
 from medusa_ray.medusa.sizing import StepTimes, TreeSizer, doublings
 from medusa_ray.medusa.tree import MAX_GUESSES, Tree
 from medusa_ray.medusa.treepass import Ahead, Outcome, TreePass, advance
@@ -104,11 +105,13 @@ class Engine:
         shares_prefixes: bool = True,
         max_waiting: int | None = None,
         lags: bool | None = None,
+        shards: Shards | None = None,
     ) -> None:
         """is_adaptive: steps take as much of the tree as pays at the load. shares_prefixes: prompts that begin alike
         share what the base computed of that; when measuring, the second time of a prompt would flatter. max_waiting:
         requests that `add` takes beyond max_batch_size; None for any number. lags: the host reads a step once the
-        next is launched, so that neither waits for the other; None for where the device runs by itself.
+        next is launched, so that neither waits for the other; None for where the device runs by itself. shards: of the
+        base, whose backbone is this process's part of it; the other processes `follow`.
 
         Raises ValueError when base, heads and tree do not fit together, before memory is taken for them.
         """
@@ -131,9 +134,13 @@ class Engine:
         self.cache = PagedCache(backbone.kv_shapes, pages, backbone.dtype, backbone.device, shares_prefixes)
         self.scheduler = Scheduler(self.cache, max_batch_size, num_slack, max_waiting)
         self.counters = Counters(num_accepted_tokens_per_pos=[0] * self.tree.depth)
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # whoever finds one sets it, and the engine's thread ends
         self.last_step_s = -math.inf  # when its thread last came to the end of one, on the monotonic clock
         self._pass: compiled.Pass = TreePass(backbone)
+        self._compact = compact
+        if shards is not None:
+            self._pass = sharded_pass = ShardedPass(backbone, self.cache, shards)
+            self._compact = sharded_pass.compact
         self._built: compiled.Pass | None = None  # compiled, and not yet adopted
         self.mode = "eager"
         self._batch: Batch | None = None
@@ -144,7 +151,7 @@ class Engine:
         self._readers: dict[Sequence, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | Exception]]] = {}
         self._thread: threading.Thread | None = None
         self._coming: Coming | None = None
-        self._swapping = threading.Lock()  # one swap at a time
+        self._starting, self._swapping = threading.Lock(), threading.Lock()  # once, and one at a time
 
     @classmethod
     def load(
@@ -161,6 +168,7 @@ class Engine:
         shares_prefixes: bool = True,
         max_waiting: int | None = None,
         quantization: Quantization = "none",
+        shards: Shards | None = None,
     ) -> "Engine":
         """The engine of a base and its heads.
 
@@ -170,8 +178,8 @@ class Engine:
         as much of that as pays at the load.
         max_total_tokens: longest prompt plus reply. compile: "wait" for the compiled pass of a base that is a folder
         or hub name, which takes a while the first time, or build it in the "background"; on a GPU, either waits for
-        graphs of it. Where there is none the engine runs eagerly, and `mode` says so. shares_prefixes, max_waiting as
-        in Engine(). Raises ValueError for what cannot be served.
+        graphs of it. Where there is none the engine runs eagerly, and `mode` says so. shares_prefixes, max_waiting,
+        shards as in Engine(). Raises ValueError for what cannot be served.
         """
         # Now, rather than after minutes of loading.
         _check_counts(max_batch_size, max_total_tokens, max_waiting)
@@ -184,7 +192,8 @@ class Engine:
                 )
             backbone = Backbone(base)
         else:
-            backbone = Backbone.load(str(base), torch_dtype, device, revision, quantization)
+            num_shards = shards.num if shards else 1
+            backbone = Backbone.load(str(base), torch_dtype, device, revision, quantization, num_shards)
         engine = cls(
             backbone,
             *guesser.load(backbone, heads, tree),
@@ -193,7 +202,11 @@ class Engine:
             tree == "auto",
             shares_prefixes,
             max_waiting,
+            shards=shards,
         )
+        if shards is not None and compile != "no":
+            log.warning("the engine runs eagerly: %d processes share the base, and none has all of a pass", shards.num)
+            compile = "no"
         # A GPU's pass is built of the engine's own model, so no step can run meanwhile.
         is_in_background = compile == "background" and backbone.device.type != "cuda"
         if compile != "no" and not is_in_background:
@@ -355,7 +368,7 @@ class Engine:
         ends = range(len(tree)) if self.lags else verdict.node_B.tolist()
         if not all(tree.is_in_place[end] for end in ends):
             walk_BD = tree.walk_ND[verdict.node_B]
-            compact(self.cache.keys, self.cache.values, table_BP, batch.ahead.length_B, walk_BD)
+            self._compact(self.cache.keys, self.cache.values, table_BP, batch.ahead.length_B, walk_BD)
         if batch.history is not None:
             batch.history.add(verdict.committed_BD, tree.depth_N[verdict.node_B] + 1)
         ahead = advance(verdict, hidden_BNC, batch.ahead.length_B, tree.depth_N)
@@ -645,9 +658,9 @@ class Engine:
                 f"{length + request.max_new_tokens}; the limit is {limit}. Shorten the prompt or ask for fewer."
             )
 
-    def check_room(self) -> None:
-        """Raises QueueFull when `add` would: before the work of making a request."""
-        self.scheduler.check_room()
+    def check_room(self, num: int = 1) -> None:
+        """Raises QueueFull when `add` of so many would: before the work of making requests."""
+        self.scheduler.check_room(num)
 
     def add(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError when it can never be served, QueueFull when max_waiting forbids one more
@@ -715,10 +728,11 @@ class Engine:
             self.cancel(sequence)
 
     def start(self) -> None:
-        """Lets the engine's own thread do the steps from now on, as `stream` does. Not for several threads."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
-            self._thread.start()
+        """Lets the engine's own thread do the steps from now on, as `stream` does. Safe to call from any thread."""
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="medusa-engine", daemon=True)
+                self._thread.start()
 
     def _serve(self) -> None:
         """Body of the engine's thread: steps while there is work, and sleeps while there is none."""
@@ -726,16 +740,17 @@ class Engine:
             if self._coming is None:
                 self.scheduler.work.wait()
             try:
-                # At once: a first token is not to wait for a step it has no part in.
-                self._send(self._take_in())
-                self._send(self._move_on())
-                self.last_step_s = time.monotonic()
+                # The first at once: a first token is not to wait for a step it has no part in.
+                for half in (self._take_in, self._move_on):
+                    deltas = half()
+                    self.last_step_s = time.monotonic()
+                    self._send(deltas)
             except Exception as error:
                 self.failure = error
-                failed = RuntimeError(f"the engine has failed: {error}")
-                self._send([(sequence, failed) for sequence in list(self._readers)])
-                if self._coming is not None:
-                    self._coming.taken_over.set_exception(failed)
+        failed = RuntimeError(f"the engine has failed: {self.failure}")
+        self._send([(sequence, failed) for sequence in list(self._readers)])
+        if self._coming is not None:
+            self._coming.taken_over.set_exception(failed)
 
     def _send(self, items: Rows[tuple[Sequence, Delta | Exception]]) -> None:
         """To those that read a stream, waking each event loop once."""
@@ -798,6 +813,17 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self.scheduler.joining)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the open requests may still need: of their prompts what is not in the cache, and of their replies
+        as many as they may get."""
+        # A list of a deque is made at once, whatever another thread does to the deque.
+        scheduler = self.scheduler
+        return sum(
+            sequence.num_left + sequence.request.max_new_tokens - len(sequence.token_ids)
+            for sequence in (*list(scheduler.waiting), *scheduler.joining, *scheduler.running)
+        )
 
 
 def _check_counts(max_batch_size: int, max_total_tokens: int, max_waiting: int | None) -> None:

@@ -171,9 +171,9 @@ class Scheduler:
     def has_room(self) -> bool:
         return self.num_open < self.max_open
 
-    def check_room(self) -> None:
-        """Raises QueueFull where max_waiting forbids one more."""
-        if not self.has_room:
+    def check_room(self, num: int = 1) -> None:
+        """Raises QueueFull where max_waiting forbids so many more."""
+        if self.num_open + num > self.max_open:
             raise QueueFull(
                 f"{self.num_open} requests run or wait here, and no more than {self.max_open} may, of which "
                 f"{self.max_batch_size} run"

@@ -2,12 +2,13 @@
 
 from medusa_ray.openai_api.replies import Reply
 from medusa_ray.openai_api.requests import (
-    NEUTRAL,
     AnyRequest,
     ApiError,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     Incoming,
+    TokenizeRequest,
     check_num_stop,
     check_stop,
     explain,
@@ -17,14 +18,15 @@ from medusa_ray.openai_api.requests import (
 from medusa_ray.openai_api.responses import Envelope, error_body, error_events, model_list
 
 __all__ = [
-    "NEUTRAL",
     "AnyRequest",
     "ApiError",
     "ChatRequest",
     "CompletionRequest",
+    "DetokenizeRequest",
     "Envelope",
     "Incoming",
     "Reply",
+    "TokenizeRequest",
     "check_num_stop",
     "check_stop",
     "error_body",

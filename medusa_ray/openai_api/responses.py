@@ -4,24 +4,30 @@ import itertools
 import json
 import time
 import uuid
+from collections import Counter
 from typing import Any
 
-from medusa_ray.openai_api.replies import Reply
+from medusa_ray.openai_api.replies import Reply, metrics, usage
 from medusa_ray.openai_api.requests import ApiError, ChatRequest, CompletionRequest, StreamOptions
+from medusa_ray.tools import Call
 
 
 class Envelope:
-    """Texts of one reply -> the JSON bodies and stream events that carry them."""
+    """The choices of one request, as they come -> the JSON body or the stream events that carry them."""
 
     def __init__(self, request: ChatRequest | CompletionRequest) -> None:
         self._is_chat = isinstance(request, ChatRequest)
         options = request.stream_options or StreamOptions()
         self._include_usage = bool(options.include_usage)
         self._continuous_usage = bool(options.continuous_usage_stats)
-        self._is_first = True
         self._has_logprobs = request.num_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
-        self._num_characters = 0  # of the tokens whose logprobs were sent
+        self._num_choices = request.num_choices  # of each prompt
+        num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompt)
+        self._num_open = num_prompts * request.num_choices
+        self._replies: dict[int, Reply] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._num_characters: Counter[int] = Counter()  # of the tokens whose logprobs were sent, by choice
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._base = {
@@ -31,30 +37,51 @@ class Envelope:
             "model": request.model,
         }
 
-    def body(self, text: str, reply: Reply) -> dict[str, Any]:
-        """The response to a request without streaming."""
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, **self._end(reply)}
-        return {**self._base, "choices": [choice], "usage": reply.usage(), "metrics": reply.metrics()}
+    def add(self, text: str, reply: Reply) -> None:
+        """Takes in a step of a choice, for `body`."""
+        self._replies[reply.index] = reply
+        self._texts.setdefault(reply.index, []).append(text)
+
+    def body(self) -> dict[str, Any]:
+        """The response to a request without streaming, once every choice is whole."""
+        replies = [self._replies[index] for index in sorted(self._replies)]
+        choices = [self._whole("".join(self._texts[reply.index]), reply) for reply in replies]
+        used = usage(replies, self._num_choices)
+        return {**self._base, "choices": choices, "usage": used, "metrics": metrics(replies)}
+
+    def _whole(self, text: str, reply: Reply) -> dict[str, Any]:
+        if not self._is_chat:
+            return {"index": reply.index, "text": text, **self._end(reply)}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls := reply.take_calls():
+            message |= {"content": text or None, "tool_calls": [_as_dict(call) for call in calls]}
+        return {"index": reply.index, "message": message, **self._end(reply)}
 
     def events(self, text: str, reply: Reply) -> str:
         """The stream events of one step: none when it shows nothing, the closing ones with the last."""
-        ended = reply.finish_reason is not None
-        if not text and not ended:
+        is_first, has_ended = reply.index not in self._replies, reply.finish_reason is not None
+        calls = reply.take_calls()
+        if not (text or calls or has_ended):
             return ""
-        written = self._event([self._choice(text, reply)], reply, self._continuous_usage)
-        if ended and self._include_usage:
-            written += self._event([], reply, True, metrics=reply.metrics())
-        return written + "data: [DONE]\n\n" if ended else written
+        self._replies[reply.index] = reply
+        written = self._event([self._choice(text, calls, reply, is_first)], self._continuous_usage)
+        self._num_open -= has_ended
+        if self._num_open:
+            return written
+        if self._include_usage:
+            written += self._event([], True, metrics=metrics(list(self._replies.values())))
+        return written + "data: [DONE]\n\n"
 
-    def _choice(self, text: str, reply: Reply) -> dict[str, Any]:
+    def _choice(self, text: str, calls: list[Call], reply: Reply, is_first: bool) -> dict[str, Any]:
         end = self._end(reply)
         if not self._is_chat:
-            return {"index": 0, "text": text, **end}
+            return {"index": reply.index, "text": text, **end}
         # Only the first delta has the role: OpenAI's client concatenates what it gets.
-        delta = {"role": "assistant", "content": text} if self._is_first else {"content": text}
-        self._is_first = False
-        return {"index": 0, "delta": delta, **end}
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        delta["content"] = text or (None if calls else "")
+        if calls:
+            delta["tool_calls"] = [{"index": call.index, **_as_dict(call)} for call in calls]
+        return {"index": reply.index, "delta": delta, **end}
 
     def _end(self, reply: Reply) -> dict[str, Any]:
         end = {"logprobs": self._logprobs(reply), "finish_reason": reply.finish_reason}
@@ -71,8 +98,9 @@ class Envelope:
                 for text, value, top in entries
             ]
             return {"content": content, "refusal": None}
-        ends = list(itertools.accumulate((len(text) for text, *_ in entries), initial=self._num_characters))
-        self._num_characters = ends.pop()
+        start = self._num_characters[reply.index]
+        ends = list(itertools.accumulate((len(text) for text, *_ in entries), initial=start))
+        self._num_characters[reply.index] = ends.pop()
         return {
             "tokens": [text for text, *_ in entries],
             "token_logprobs": [value for _, value, _ in entries],
@@ -80,13 +108,18 @@ class Envelope:
             "text_offset": ends,
         }
 
-    def _event(self, choices: list[dict[str, Any]], reply: Reply, with_usage: bool, **more: Any) -> str:
+    def _event(self, choices: list[dict[str, Any]], with_usage: bool, **more: Any) -> str:
         chunk: dict[str, Any] = {**self._base, "choices": choices, **more}
         if self._is_chat:
             chunk["object"] = "chat.completion.chunk"
         if self._include_usage or with_usage:
-            chunk["usage"] = reply.usage() if with_usage else None
+            replies = list(self._replies.values())
+            chunk["usage"] = usage(replies, self._num_choices) if with_usage else None
         return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+
+
+def _as_dict(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _named(text: str, logprob: float) -> dict[str, Any]:
@@ -109,7 +142,7 @@ def error_body(error: ApiError) -> tuple[int, dict[str, Any]]:
 
 def error_events(error: ApiError) -> str:
     """The end of a stream that broke: an explicit error, so that no client takes the text for whole."""
-    return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
+    return f"data: {json.dumps(error.body)}\n\n"
 
 
 def model_list(names: list[str]) -> dict[str, Any]:

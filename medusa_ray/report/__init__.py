@@ -1,9 +1,9 @@
 """One run's folder -> report/: report.json and its schema, report.html, summary.md, and each picture as files.
 
-`numbers` and `ratios` turn rows into figures, `comparable` and `verdict` judge them, and `summary` makes report.json of
-it all. `text` says it on a console, `markdown` for GitHub, `pictures` draws it, and `page` puts it into one HTML file that
-opens without a network. What a run lacks is null in the JSON (or an empty list or mapping) and named in the page.
-`comparison` puts two runs side by side.
+`numbers` and `ratios` turn rows into figures, `comparable` and `verdict` judge them, and `summary` makes report.json
+of it all. `text` says it on a console, `markdown` for GitHub, `pictures` draws it, and `page` puts it into one HTML
+file that opens without a network; `comparison` puts two runs side by side. What a run lacks is null in the JSON (or
+an empty list or mapping) and named in the page.
 """
 
 import json
@@ -93,7 +93,7 @@ def _write_columns(uri: str, columns: pa.Table) -> None:
 
 
 def benchmark(report: dict[str, Any]) -> pa.Table:
-    """The figures of every arm at every load, a line each, percentiles and ends of intervals in columns of their own."""
+    """The figures of every arm at every load, a line each; a column each for percentiles and ends of intervals."""
     lines = []
     for load, arm, measured in measured_loads(report):
         line = {"load": load, "arm": arm, **{k: v for k, v in measured.items() if not isinstance(v, dict)}}

@@ -46,21 +46,27 @@ def find_faults(
 def _whole_fault(bench: dict[str, Any]) -> str | None:
     """What holds for all loads."""
     for arm in ARMS:
-        replicas = bench.get("arms", {}).get(arm, {}).get("replicas")
+        told = bench.get("arms", {}).get(arm, {})
+        replicas = told.get("replicas")
+        if told.get("autoscales"):  # counted at both ends, it may still have changed in between
+            return (
+                f"the replicas of {arm} follow the load, so that it was not measured on one number of them; set "
+                "num_replicas in place of autoscaling_config, and repeat the benchmark"
+            )
         if replicas and replicas[0] != replicas[-1]:
             return (
-                f"the number of replicas of {arm} went from {replicas[0]} to {replicas[-1]} during the benchmark; set "
-                "num_replicas in place of autoscaling_config, and repeat it"
+                f"the number of replicas of {arm} went from {replicas[0]} to {replicas[-1]} during the benchmark; "
+                "set num_replicas in place of autoscaling_config, and repeat it"
             )
     checks = bench.get("checks") or {}
     # Both arms got the same prompts, but none that a user would send, and the heads were trained on none like them.
     if doubled := checks.get("double_bos"):
         return (
-            f"{doubled} prompts begin with two BOS tokens, since the chat template was applied and the tokenizer added "
-            "one more; send messages, or text without a BOS"
+            f"{doubled} prompts begin with two BOS tokens, since the chat template was applied and the tokenizer "
+            "added one more; send messages, or text without a BOS"
         )
     overlap = checks.get("overlap") or {}
-    if overlap.get("of") and overlap["exact"] > MAX_OVERLAP * overlap["of"]:
+    if overlap.get("checked") and overlap["exact"] > MAX_OVERLAP * overlap["of"]:
         return (
             f"{overlap['exact']} of {overlap['of']} prompts are in the training data, where {MAX_OVERLAP:.0%} are "
             "allowed; the heads know them by heart, so send held-out prompts"
@@ -123,8 +129,8 @@ def text_fault(parity: dict[str, int], near_ties: float) -> str | None:
     if differ <= math.ceil(near_ties * parity["prompts"]):
         return None
     return (
-        f"medusa's greedy text is not the baseline's on {differ} of {parity['prompts']} prompts, so they did not do the "
-        "same work; compare the column text of requests.parquet"
+        f"medusa's greedy text is not the baseline's on {differ} of {parity['prompts']} prompts, so they did not do "
+        "the same work; compare the column text of requests.parquet"
     )
 
 
@@ -132,17 +138,15 @@ def _busy_client(shares: dict[str, dict[str, list[float]]], load: str) -> str | 
     for arm in ARMS:
         if (share := max(shares.get(arm, {}).get(load) or [0])) >= MAX_CLIENT_SHARE:
             return (
-                f"the client used {share:.0%} of a CPU core for {arm}, where {MAX_CLIENT_SHARE:.0%} is its limit, and "
-                "measured itself; set GUIDELLM__MAX_WORKER_PROCESSES to 2 or more, or send from another machine"
+                f"the client used {share:.0%} of a CPU core for {arm}, where {MAX_CLIENT_SHARE:.0%} is its limit, "
+                "and measured itself; set GUIDELLM__MAX_WORKER_PROCESSES to 2 or more, or send from another machine"
             )
     return None
 
 
 def _weak_baseline(arms: dict[str, Any], load: str, external: str | None) -> str | None:
-    own, other = (
-        arms.get(arm, {}).get("load", {}).get(load, {}).get("output_tokens_per_s")
-        for arm in ("baseline", external)
-    )
+    measured = [arms.get(arm, {}).get("load", {}).get(load, {}) for arm in ("baseline", external or "")]
+    own, other = (found.get("output_tokens_per_s") for found in measured)
     if not own or not other or own >= MIN_BASELINE_RATE * other:
         return None
     return (

@@ -17,8 +17,8 @@ LESS_IS_BETTER = ("request_latency_s", "ttft_ms", "tpot_ms")
 FIGURES = (*LESS_IS_BETTER, "requests_per_s", "output_tokens_per_s")
 SPEEDUPS = {"tpot": "ci95", "output_tokens_per_s": "output_tokens_per_s_ci95"}
 RULE = (
-    "Change is B over A, less one. It is beyond noise where the 95% intervals of the two do not meet. Figures are medians; "
-    "what they mean is at the end of each report."
+    "Change is B over A, less one. It is beyond noise where the 95% intervals of the two do not meet. Figures are "
+    "medians; what they mean is at the end of each report."
 )
 
 
@@ -121,7 +121,9 @@ def render(found: dict[str, Any]) -> str:
             *(f"<h2>{name.upper()}</h2>{verdict(found['verdicts'][name])}" for name in ("a", "b")),
             *(caveat(line) for line in found["notes"]),
             "<h2>Figures</h2>",
-            table(headers, rows, num_text=3, kind=lambda cell: {"better": "gain", "worse": "loss"}.get(cell, "")),
+            table(
+                headers, rows, num_text=3, kind=lambda cell: {"better": "gain", "worse": "loss"}.get(cell, "")
+            ),
             quiet(RULE),
         ],
     )

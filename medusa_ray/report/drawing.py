@@ -187,14 +187,14 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
     return [placed[index] for index in range(len(values))]
 
 
-def short(load: str) -> str:
-    """A load as a tick says it."""
-    return load.removeprefix("concurrency=").replace("=", "\n")
-
-
-def figures(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def load_axis(ax: Axes, loads: Sequence[str]) -> None:
+    """Loads one apart."""
+    ticks = [load.removeprefix("concurrency=").replace("=", "\n") for load in loads]
+    ax.set_xticks(range(len(loads)), ticks)
+    is_closed = not any("\n" in tick for tick in ticks)
+    ax.set_xlabel(
+        "requests at a time" if is_closed else "requests at a time, or requests per second of an open load"
+    )
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:

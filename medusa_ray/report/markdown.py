@@ -18,8 +18,8 @@ def render(report: dict[str, Any]) -> str:
         _section("Predicted and measured speedup", text.predictions(report)),
         _section("At equal latency", text.at_equal_latency(report)),
         _section("By category", text.categories(report)),
-        f"<sub>{_cell(text.caption(report))}. Speedup is of the time per output token, baseline over medusa; the interval is "
-        "a bootstrap over prompts and rounds. Acceleration is tokens per step and no speedup.</sub>",
+        f"<sub>{_cell(text.caption(report))}. Speedup is of the time per output token, baseline over medusa; the "
+        "interval is a bootstrap over prompts and rounds. Acceleration is tokens per step and no speedup.</sub>",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -3,6 +3,7 @@
 Figures are over good requests; a failure only counts as a failure. What the rows cannot tell is None.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -159,7 +160,7 @@ def measure_acceptance(rows: list[Row]) -> dict[str, Any]:
         else None,
         "accepted_per_position": [count / num_steps for count in reached[1:]],
         "accepted_per_position_conditional": [
-            after / before if before else None for before, after in zip(reached, reached[1:], strict=False)
+            after / before if before else None for before, after in itertools.pairwise(reached)
         ],
         "acceptance_histogram": histogram,
         "draft_acceptance_rate": sum(reached[1:]) / num_drafted if num_drafted else None,

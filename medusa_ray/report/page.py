@@ -88,7 +88,7 @@ def _speed_tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         before, after = (report["arms"][arm]["load"][load]["ttft_ms"] for arm in ("baseline", "medusa"))
         if before and after:
             note = f"{before:.1f} to {after:.1f} ms, {load}"
-            tiles.append(("Time to first token", f"{after / before - 1:+.0%}", note))
+            tiles.append(("Time to first token", f"{round(after / before - 1, 2) + 0:+.0%}", note))
     return tiles
 
 
@@ -149,8 +149,8 @@ def _benchmark(report: dict[str, Any], inputs: Inputs) -> str:
     )
     headers, rows = text.table(report, units_in="headers")
     note = (
-        f'<p class="quiet">{escape(caption(report))}<br>Traffic: {escape(told)}. Rules are at the end; p50, p95 and p99 of '
-        "all figures are in report.json.</p>"
+        f'<p class="quiet">{escape(caption(report))}<br>Traffic: {escape(told)}. Rules are at the end; p50, p95 and '
+        "p99 of all figures are in report.json.</p>"
     )
     return "<h2>Benchmark</h2>" + table(headers, rows, num_text=2) + note
 
@@ -206,11 +206,15 @@ def _plain(value: Any) -> str:
 
 
 def _drawn(pictures: Pictures, notes: dict[str, str]) -> list[str]:
-    """The pictures that there are of those named, each with its note."""
+    """The pictures that there are of those named, each with its note; wide ones scroll on a phone."""
+    shown = [(pictures[name], note) for name, note in notes.items() if name in pictures]
     return [
-        figure(pictures[name].title, pictures[name].inline(), note)
-        for name, note in notes.items()
-        if name in pictures
+        figure(
+            picture.title,
+            f'<div class="scroll">{picture.inline()}</div>' if picture.is_wide else picture.inline(),
+            note,
+        )
+        for picture, note in shown
     ]
 
 
@@ -228,8 +232,8 @@ def _speed(report: dict[str, Any], inputs: Inputs, pictures: Pictures) -> str:
     slo = ", ".join(f"{key} {value:g}" for key, value in (report["slo"] or {}).items() if value is not None)
     in_process = show(report["engine"]["speedup"], " Speedup {:.2f}x.", "")
     notes = {
-        "speedup": "Circles: time per output token, with its 95% interval; below 1 it is slower. Diamonds: output tokens per "
-        f"second. {many} requests per arm and load{beside}.",
+        "speedup": "Circles: time per output token, with its 95% interval; below 1 it is slower. Diamonds: output "
+        f"tokens per second. {many} requests per arm and load{beside}.",
         "pareto": f"One curve per arm, one point per concurrency; further out is better. {many}.",
         "token_time": f"Bars to the median, thin lines to the p99. {many} requests per arm and load.",
         "first_token": f"Bars to the median, thin lines to the p99. {many} requests per arm and load.",
@@ -238,7 +242,7 @@ def _speed(report: dict[str, Any], inputs: Inputs, pictures: Pictures) -> str:
         "goodput": f"SLO: {slo}. Above each bar: the share of requests that met it.",
         "ramp": "Of the ramp scenario; no figure elsewhere is of it.",
         "engine": f"Our engine with and without heads runs in the same way ({ran}).{in_process}",
-        "step_time": "Mean tree and measured step times; what is left is drafting, sampling, Python, HTTP, and waiting.",
+        "step_time": "Mean tree and measured step times; what is left is sampling, Python, HTTP, and waiting.",
         "step_cost": "As the server measured it when it started.",
     }
     paths = figure(

@@ -4,6 +4,7 @@ What lies between the two is what a step spends beside the model: drafting, samp
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from medusa_ray.report.numbers import concurrency
@@ -14,7 +15,7 @@ Times = dict[float, dict[float, float]]  # rows -> nodes -> seconds of a step
 def predict(
     evaluation: dict[str, Any], info: dict[str, Any] | None, report: dict[str, Any]
 ) -> dict[str, Any]:
-    """The report's `predicted`: in process by batch size, and of served loads of which the server knows its step times."""
+    """The report's `predicted`: in process by batch size, and served where the server knows its step times."""
     by_batch = (evaluation.get("engine") or {}).get("by_batch") or {}
     keys = ("acceleration", "step_cost_ratio", "predicted", "measured")
     engine = {size: _beside(**{key: found.get(key) for key in keys}) for size, found in by_batch.items()}
@@ -56,13 +57,16 @@ def step_cost_ratio(times: Times, rows: float, nodes: float) -> float | None:
     >>> step_cost_ratio({1: {1: 0.010, 9: 0.014}, 4: {1: 0.020, 9: 0.030}}, rows=1, nodes=5)
     1.2
     """
-    with_tree, alone = (
-        between({of: between(by_nodes, at) for of, by_nodes in times.items()}, rows) for at in (nodes, 1)
-    )
+    with_tree, alone = (step_seconds(times, rows, size) for size in (nodes, 1))
     return with_tree / alone if with_tree and alone else None
 
 
-def between(values: dict[float, float | None], at: float) -> float | None:
+def step_seconds(times: Times, rows: float, nodes: float) -> float | None:
+    """Of one step, on the lines between measured sizes; None beyond them."""
+    return between({of: between(by_nodes, nodes) for of, by_nodes in times.items()}, rows)
+
+
+def between(values: Mapping[float, float | None], at: float) -> float | None:
     """The value on the line between the two neighbours; None outside of what there is."""
     known = sorted((place, value) for place, value in values.items() if value is not None)
     right = bisect_left(known, at, key=lambda point: point[0])

@@ -39,7 +39,8 @@ def measure_speedup(samples: Samples, arms: dict[str, Any], faults: dict[str, st
         tpot = None if fault else samples.quotient(load, tpot_ms)
         rates = None if fault else drawn_speedup(samples, load)
         speedup[load] = {
-            "output_tokens_per_s": after / before if before and after and not fault else None,
+            # An open load fixes the rate of both arms.
+            "output_tokens_per_s": after / before if before and after and rates else None,
             "output_tokens_per_s_ci95": rates.interval if rates else None,
             "tpot": tpot.point if tpot else None,
             "ci95": tpot.interval if tpot else None,

@@ -38,9 +38,8 @@ td.gain { background: #e3f2e8; } td.loss { background: #fbe3e1; }
 figure { margin: 0; max-width: 640px; break-inside: avoid; }
 figure:has(.wide) { grid-column: 1 / -1; max-width: none; }
 svg { display: block; width: 100%; height: auto; overflow: visible; stroke-linejoin: round; margin: 6px 0; }
-.big { font-size: 40px; font-weight: 700; line-height: 1.2; }
-.bar { height: 12px; border-radius: 3px; background: var(--bad); overflow: hidden; margin: 8px 0; }
-.bar i { display: block; height: 100%; background: var(--good); }
+p.quiet + h3 { margin-top: 22px; }
+svg.wide { min-width: 600px; }
 dl { display: grid; grid-template-columns: minmax(130px, 190px) 1fr; gap: 6px 18px; font-size: 14px; }
 dt { font-weight: 600; overflow-wrap: anywhere; }
 dd { margin: 0; max-width: 90ch; overflow-wrap: anywhere; }
@@ -57,7 +56,7 @@ summary { cursor: pointer; font-weight: 600; margin: 8px 0; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 12px; } h2 { break-after: avoid; margin-top: 24px; }
-  .scroll { overflow: visible; } table { font-size: 9.5px; } th { font-size: 9px; }
+  .scroll { overflow: visible; } svg.wide { min-width: 0; } table { font-size: 9.5px; } th { font-size: 9px; }
   th, td { padding: 3px 4px; }
   .pictures { grid-template-columns: 1fr 1fr; gap: 18px 20px; }
 }

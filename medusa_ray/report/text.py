@@ -14,6 +14,7 @@ COLUMNS = (
     ("Inter Token Latency", "ms", "itl_ms", 2),
     ("Output Token Throughput", "tokens/sec", "output_tokens_per_s", 2),
     ("Acceleration", "tokens/step", "acceleration", 2),
+    ("Time per Output Token", "ms", "tpot_ms", 2),
 )
 Table = tuple[list[str], list[list[str]]]  # headers, rows
 
@@ -206,8 +207,8 @@ def _prompts(report: dict[str, Any]) -> list[str]:
     if not overlap["exact"] and not overlap["near"]:
         return []
     return [
-        f"Of {overlap['of']} prompts {overlap['exact']} are in the training data, and {overlap['near']} are much like some "
-        "that are: acceptance may be better than on prompts to come."
+        f"In the training data: {overlap['exact']} of {overlap['of']} prompts, and {overlap['near']} more much like "
+        "some there; acceptance may be better than on prompts to come."
     ]
 
 
@@ -216,8 +217,8 @@ def _unstable(report: dict[str, Any]) -> str | None:
     if not served["unstable"]:
         return None
     return (
-        f"On {served['unstable']} of {served['prompts']} prompts the baseline's own greedy text changes with the load, so "
-        "that the arms' texts are not compared there."
+        f"On {served['unstable']} of {served['prompts']} prompts the baseline's own greedy text changes with the "
+        "load, so that the arms' texts are not compared there."
     )
 
 
@@ -225,4 +226,5 @@ def _peers(report: dict[str, Any]) -> str | None:
     peers = [arm for arm in in_rank(report["arms"])[2:] if (report["arms"][arm]["acceleration"] or 1) > 1]
     if not peers:
         return None
-    return f"Engines count steps each in their own way: compare the times of {', '.join(peers)} with ours, not the acceleration."
+    names = ", ".join(peers)
+    return f"Engines count steps each in their own way: compare the times of {names} with ours, not the acceleration."

@@ -1,8 +1,10 @@
 """What Ray Serve runs: a server in a replica.
 
-Ingress and engine are together (the *fast* shape), so that a token crosses no other process before the proxy.
+Ingress and engine are together (the *fast* shape), so that a token crosses no other process before the proxy. router.py
+has the other shape.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -12,26 +14,51 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.metrics import Gauge
 
-from medusa_ray.config import DEPLOYMENTS, REQUEST_TIMEOUT_S, ApplicationConfig, EngineConfig
+from medusa_ray import config
+from medusa_ray.config import ENGINE, REQUEST_TIMEOUT_S, EngineConfig, GuesserConfig
 from medusa_ray.serve import calls
 from medusa_ray.serve.http import build_api
 from medusa_ray.serve.metrics import Metrics
+from medusa_ray.serve.scaling import WAITING_TOKENS
 from medusa_ray.serve.server import RETRY_AFTER_S, Server
+from medusa_ray.serve.shards import Followers
 
-PUBLISH_EVERY_S = 5.0
 DEREGISTRATION_S = 30  # for so long a replica that ends takes requests of proxies that do not know yet
+PUBLISH_EVERY_S = 5.0
 
-(DEPLOYMENT,) = DEPLOYMENTS["medusa_ray.serve:build_app"]
 
-
-@serve.ingress()
 class Replica:
     """A server in a Ray Serve replica."""
 
     def __init__(self, args: EngineConfig) -> None:
-        self.server = Server.load(args, replica=serve.get_replica_context().replica_tag)
+        followers = Followers(args) if args.tensor_parallel > 1 else None
+        shards = followers.shards if followers else None
+        self.server = Server.load(args, serve.get_replica_context().replica_tag, shards)
+        gc.freeze()  # a large body's objects are no reason to look through all of torch's again
+        if followers:
+            followers.watch(self.server.engine)
+        self.has_started = False
         _log_to_stderr(calls.LOG)
         threading.Thread(target=_publish, args=(Metrics(self.server),), daemon=True).start()
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
+        """Serves with the heads and the tree of `user_config`, or of args where that names none.
+
+        Ray Serve calls it at the start and at each change. It leaves null out, unless a rank is wanted. What is raised
+        fails the start; of a replica that serves it would be the end, so it goes on with what it has and says why.
+        """
+        args = self.server.args
+        try:
+            asked = config.parse(GuesserConfig, user_config or {}, "user_config")
+            heads, tree = (
+                {**dict(args), **asked.model_dump(exclude_unset=True)}[key] for key in ("heads", "tree")
+            )
+            await self.server.swap(heads, tree)
+        except Exception as error:
+            if not self.has_started:
+                raise
+            self.server.refuse(error)
+        self.has_started = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.server, tells_id=False)  # Ray Serve puts the x-request-id on responses itself
@@ -39,18 +66,31 @@ class Replica:
     async def check_health(self) -> None:
         await self.server.check_health()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {WAITING_TOKENS: self.server.engine.num_waiting_tokens}
 
-deployment = serve.deployment(name=DEPLOYMENT)(Replica)
+
+ingress = serve.deployment(name=ENGINE)(serve.ingress()(Replica))
 
 
 def build_app(args: EngineConfig) -> serve.Application:
     """What `import_path` of a serve file names. Replicas and resources are for the file's `deployments`."""
-    return _bind(args)
+    return fast(args, {})
 
 
-def _bind(args: EngineConfig, **options: Any) -> serve.Application:
+def fast(args: EngineConfig, options: dict[str, dict[str, Any]]) -> serve.Application:
+    """The application, with options by deployment."""
+    return bind(
+        ingress, args.max_concurrent_requests, {**resources_of(args), **options.get(ENGINE, {})}, args
+    )
+
+
+def bind(
+    deployment: serve.Deployment, max_concurrent_requests: int, options: dict[str, Any], *args: Any
+) -> serve.Application:
+    """The deployment with these options, and ours for those that are not given."""
     # The engine itself refuses overload, in OpenAI's words; Ray Serve's own limits only stand behind that.
-    limit = 2 * args.max_concurrent_requests
+    limit = 2 * max_concurrent_requests
     defaults = {
         "max_ongoing_requests": limit,
         "max_queued_requests": limit,
@@ -62,23 +102,20 @@ def _bind(args: EngineConfig, **options: Any) -> serve.Application:
         # What a first replica dies of, a wrong path say, would kill the second and third one too.
         "max_constructor_retry_count": 1,
     }
-    return deployment.options(**{**defaults, **options}).bind(args)
+    return deployment.options(**{**defaults, **options}).bind(*args)
 
 
-def application(app: ApplicationConfig) -> serve.Application:
-    """The application with the file's overrides of its one deployment."""
-    options: dict[str, Any] = {}
-    for override in app.deployments:
-        options = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
-        if override.num_replicas == "auto" or override.autoscaling_config:
-            # Ray's own target, 2, would start a replica for a batch that is all but empty.
-            scaling = options.get("autoscaling_config") or {}
-            options["autoscaling_config"] = {"target_ongoing_requests": app.args.max_batch_size, **scaling}
-    if app.runtime_env:
-        actor_options = options.get("ray_actor_options") or {}
-        environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
-        options["ray_actor_options"] = environment | actor_options
-    return _bind(app.args, **options)
+def resources_of(args: EngineConfig) -> dict[str, Any]:
+    """Options of an engine's deployment that its args ask for."""
+    if args.tensor_parallel == 1:
+        return {}
+    # The replica is in the first bundle, a follower in each of the others.
+    has_gpu = args.device == "cuda"
+    bundle = {"CPU": 1} | ({"GPU": 1} if has_gpu else {})
+    return {
+        "placement_group_bundles": [bundle] * args.tensor_parallel,
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(has_gpu)},
+    }
 
 
 def _log_to_stderr(log: logging.Logger) -> None:
@@ -97,10 +134,10 @@ def _publish(metrics: Metrics) -> None:
     gauges: dict[str, Gauge] = {}
     while True:
         for sample in (sample for family in metrics.collect() for sample in family.samples):
-            labels = {
-                name: value for name, value in sample.labels.items() if name != "replica"
-            }  # Ray tells that
+            labels = dict(sample.labels)
+            labels.pop("replica")  # Ray tells that itself
             if sample.name not in gauges:
-                gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(labels))  # type: ignore[arg-type]  # Ray means any length
+                tags: Any = tuple(labels)  # Ray's type has one only, but it means any number
+                gauges[sample.name] = Gauge(sample.name, tag_keys=tags)
             gauges[sample.name].set(sample.value, labels)
         time.sleep(PUBLISH_EVERY_S)

@@ -40,9 +40,16 @@ class Call:
     last_s: float = 0.0  # and the last one so far
     num_tokens: int = 0
     num_steps: int = 0
-    finish_reason: str | None = None
+    num_open: int = 1  # replies that are not whole, where several are asked for
+    finish_reason: str | None = None  # of the last one to be whole
     prompt: Any = None  # these two are kept for the log alone, where it is to have them
     reply: str | None = None
+
+    def finish(self, reason: str) -> None:
+        """Takes in the end of one of its replies."""
+        self.num_open -= 1
+        if not self.num_open:
+            self.finish_reason = reason
 
     def line(self) -> str:
         """Of the access log."""

@@ -13,8 +13,9 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview
 
-from medusa_ray.config import ServeConfig, Strict, UserError
-from medusa_ray.serve.app import application
+from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, ServeConfig, Strict, UserError
+from medusa_ray.serve.app import fast
+from medusa_ray.serve.router import resilient
 
 log = logging.getLogger("medusa_ray")
 
@@ -36,6 +37,27 @@ def environment() -> dict[str, str]:
     }
 
 
+def application(app: ApplicationConfig) -> serve.Application:
+    """The application with the file's overrides of its deployments."""
+    options: dict[str, dict[str, Any]] = {}
+    for override in app.deployments:
+        given = override.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+        if override.user_config:  # whose null is a value
+            given["user_config"] = override.user_config.model_dump(exclude_unset=True)
+        engine = app.engines.get(override.name)
+        if engine and (override.num_replicas == "auto" or override.autoscaling_config):
+            # Ray's own target, 2, would start a replica for a batch that is all but empty.
+            scaling = given.get("autoscaling_config") or {}
+            given["autoscaling_config"] = {"target_ongoing_requests": engine.max_batch_size, **scaling}
+        options[override.name] = given
+    if app.runtime_env:
+        environment = {"runtime_env": app.runtime_env.model_dump(exclude_unset=True)}
+        for name in (ROUTER, *app.engines):
+            given = options.setdefault(name, {})
+            given["ray_actor_options"] = environment | (given.get("ray_actor_options") or {})
+    return resilient(app.args, options) if isinstance(app.args, ResilientConfig) else fast(app.args, options)
+
+
 def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
     """Runs every application on the initialised Ray and waits until all answer; returns their URLs by name.
 
@@ -47,7 +69,11 @@ def deploy(config: ServeConfig, timeout_s: float = 300) -> dict[str, str]:
         _check_port_is_free(http.host, http.port)
     targets = [
         serve.RunTarget(
-            application(app), app.name, app.route_prefix, _given(app.logging_config), app.external_scaler_enabled
+            application(app),
+            app.name,
+            app.route_prefix,
+            _given(app.logging_config),
+            app.external_scaler_enabled,
         )
         for app in config.applications
     ]

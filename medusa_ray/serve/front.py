@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_ray import openai_api
 from medusa_ray.openai_api import ApiError
-from medusa_ray.serve.calls import LOG, Call
-from medusa_ray.serve.server import RETRY_AFTER_S, Server
+from medusa_ray.serve.calls import LOG, Call, Totals
+from medusa_ray.serve.server import RETRY_AFTER_S
 
 OPEN_TO_ALL = ("/health", "/ping")
 UNLOGGED = (*OPEN_TO_ALL, "/metrics")  # asked for every few seconds; only where they fail
@@ -25,9 +25,10 @@ log = logging.getLogger("medusa_ray")
 class Front:
     """An ASGI middleware. Routes find the Call of their request in `scope["call"]`."""
 
-    def __init__(self, app: ASGIApp, server: Server, tells_id: bool) -> None:
-        """tells_id: whether responses get the x-request-id, or what stands before this server sees to that."""
-        self._app, self._server, self._tells_id = app, server, tells_id
+    def __init__(self, app: ASGIApp, api_keys: list[bytes], totals: Totals, tells_id: bool) -> None:
+        """api_keys: whoever has one is let in; everybody, if there are none. tells_id: whether responses get the
+        x-request-id, or what stands before this server sees to that."""
+        self._app, self._api_keys, self._totals, self._tells_id = app, api_keys, totals, tells_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,19 +61,17 @@ class Front:
             await error_response(internal_error(call), call)(scope, receive, send_on)
         finally:
             if call.is_for_reply:
-                self._server.totals.end(call)
+                self._totals.end(call)
             if LOG.isEnabledFor(logging.INFO) and (call.status != 200 or path not in UNLOGGED):
                 LOG.info(call.line())
 
     def _has_key(self, headers: Headers) -> bool:
         """Whether no key is asked for, or the right one is there. Takes as long whichever it is."""
-        if not self._server.api_keys:
+        if not self._api_keys:
             return True
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
-        return (
-            kind.lower() == "bearer" and sum(compare_digest(given, key) for key in self._server.api_keys) > 0
-        )
+        return kind.lower() == "bearer" and sum(compare_digest(given, key) for key in self._api_keys) > 0
 
 
 def _request_id(headers: Headers) -> str:

@@ -23,7 +23,14 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from medusa_ray import openai_api, tgi_api
-from medusa_ray.openai_api import ApiError, ChatRequest, CompletionRequest
+from medusa_ray.openai_api import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Incoming,
+    TokenizeRequest,
+)
 from medusa_ray.serve.calls import Call
 from medusa_ray.serve.front import Front, error_response, internal_error
 from medusa_ray.serve.metrics import Metrics
@@ -80,6 +87,12 @@ ROUTES = {
 }
 
 
+FACTS: dict[str, tuple[type[Incoming], Callable[[Server, Any], Any]]] = {
+    "/tokenize": (TokenizeRequest, Server.tokenize),
+    "/detokenize": (DetokenizeRequest, Server.detokenize),
+}
+
+
 @dataclass(frozen=True)
 class Answer:
     """A reply on its way: pieces that the envelope makes a body or events of."""
@@ -103,8 +116,9 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The body of a reply that is not streamed."""
         async with aclosing(self.pieces):
-            texts = [(text, reply) async for text, reply in self.pieces]
-        return self.envelope.body("".join(text for text, _ in texts), texts[-1][1])
+            async for text, reply in self.pieces:
+                self.envelope.add(text, reply)
+        return self.envelope.body()
 
 
 # ------------------------------------------------------------------------------------------------ routes
@@ -124,12 +138,15 @@ def build_api(server: Server, tells_id: bool = True) -> FastAPI:
     registry = CollectorRegistry()
     registry.register(Metrics(server))  # type: ignore[arg-type]  # a collector is anything with `collect`
 
-    for path, route in ROUTES.items():
-        schema = {"$ref": f"#/components/schemas/{route.kind.__name__}"}
+    def add(path: str, kind: type[Incoming], answers: Callable[[HttpRequest], Awaitable[Response]]) -> None:
+        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        api.add_api_route(
-            path, _replies(server, route), methods=["POST"], name=path, openapi_extra={"requestBody": body}
-        )
+        api.add_api_route(path, answers, methods=["POST"], name=path, openapi_extra={"requestBody": body})
+
+    for path, route in ROUTES.items():
+        add(path, route.kind, _replies(server, route))
+    for path, (kind, fact) in FACTS.items():
+        add(path, kind, _facts(server, kind, fact))
 
     @api.get("/v1/models")
     async def models() -> Response:
@@ -158,7 +175,7 @@ def build_api(server: Server, tells_id: bool = True) -> FastAPI:
         return error_response(ApiError(error.status_code, message), http.scope["call"])
 
     api.openapi = partial(_openapi, api)  # type: ignore[method-assign]  # FastAPI's own way to extend it
-    api.add_middleware(Front, server=server, tells_id=tells_id)
+    api.add_middleware(Front, api_keys=server.api_keys, totals=server.totals, tells_id=tells_id)
     if server.args.cors_origins:  # before the key is asked for, since a browser's first question has none
         api.add_middleware(
             CORSMiddleware,
@@ -172,8 +189,9 @@ def build_api(server: Server, tells_id: bool = True) -> FastAPI:
 
 def _openapi(api: FastAPI) -> dict[str, Any]:
     """The OpenAPI document. Routes read their bodies themselves, so the schemas of these come from here."""
-    kinds = [(kind, "validation") for kind in {route.kind: None for route in ROUTES.values()}]
-    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    kinds = {route.kind: None for route in ROUTES.values()} | {kind: None for kind, _ in FACTS.values()}
+    modes = [(kind, "validation") for kind in kinds]
+    _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     document = get_openapi(title=api.title, version=api.version, routes=api.routes)
     document.setdefault("components", {})["schemas"] = schemas["$defs"]
     return document
@@ -185,11 +203,11 @@ def _replies(server: Server, route: Route) -> Callable[[HttpRequest], Awaitable[
         call: Call = http.scope["call"]
         call.is_for_reply = True
         try:
-            answer = Answer.to(server, route, await _body(http, server.args.payload_limit), call)
+            answer = Answer.to(server, route, await body_of(http, server.args.payload_limit), call)
             if answer.request.stream:
-                first = await _unless_gone(http, anext(answer.pieces))
+                first = await unless_gone(http, anext(answer.pieces))
                 return EventStream(first, answer, route, call)
-            whole = await _unless_gone(http, answer.whole())
+            whole = await unless_gone(http, answer.whole())
             return JSONResponse([whole] if route.lists else whole)
         except ApiError as error:
             return error_response(error, call, route.error)
@@ -197,8 +215,21 @@ def _replies(server: Server, route: Route) -> Callable[[HttpRequest], Awaitable[
     return replies
 
 
+def _facts(
+    server: Server, kind: type[Incoming], fact: Callable[[Server, Any], Any]
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def facts(http: HttpRequest) -> Response:
+        try:
+            request = openai_api.parse(kind, await body_of(http, server.args.payload_limit))
+            return JSONResponse(await asyncio.to_thread(fact, server, request))  # others' streams go on
+        except ApiError as error:
+            return error_response(error, http.scope["call"])
+
+    return facts
+
+
 class EventStream(StreamingResponse):
-    """The events of one reply. When the client hangs up, the request is cancelled at once."""
+    """The events of one request. When the client hangs up, the request is cancelled at once."""
 
     def __init__(self, first: Piece, answer: Answer, route: Route, call: Call) -> None:
         self._first, self._answer, self._route, self._call = first, answer, route, call
@@ -225,7 +256,7 @@ class EventStream(StreamingResponse):
             yield self._route.error_events(internal_error(self._call))
 
 
-async def _body(http: HttpRequest, limit: int) -> bytes:
+async def body_of(http: HttpRequest, limit: int) -> bytes:
     body = bytearray()
     try:
         async for part in http.stream():
@@ -239,7 +270,7 @@ async def _body(http: HttpRequest, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
+async def unless_gone(http: HttpRequest, work: Awaitable[Result]) -> Result:
     """The result of the work, which is cancelled when the client hangs up first."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(http))
     try:

@@ -80,8 +80,21 @@ class Metrics:
             yield gauge(
                 "tree_expected_tokens", "Tokens that a step is expected to commit.", sizer.tokens(sizer.size)
             )
-        heads = {"heads": self._server.args.heads or "none"}
-        yield gauge("heads_info", "1, for the heads that are served.", 1, heads)
+        yield gauge(
+            "heads_refused", "1 where those asked for last are not served.", bool(self._server.refusal)
+        )
+        # Those of before too, as 0: Ray goes on telling the last value of whatever it was told of once.
+        info = GaugeMetricFamily(
+            f"{PREFIX}heads_info",
+            "1, for the heads that are served.",
+            labels=[*self._labels, "heads", "version"],
+        )
+        now = self._server.served[-1]
+        for served in self._server.served:
+            heads = served.heads or "none", served.version
+            if served is now or heads != (now.heads or "none", now.version):
+                info.add_metric([*self._labels.values(), *heads], served is now)
+        yield info
 
     def _histograms(self) -> Iterator[Metric]:
         """Under both names where both servers have one."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from kubernetes.client import models
 
 ROW = re.compile(r"^\| `(\w+)` _(?:\[(\w+)\]\([^)]*\)|(\w+))(?: \([^)]*\))?( array)?_ \|")
-Fields = dict[str, dict[str, str]]  # type -> field -> its type, "" for a plain value, with [] behind that of a list
+Fields = dict[
+    str, dict[str, str]
+]  # type -> field -> its type, "" for a plain value, with [] behind that of a list
 
 
 def rays_own(reference: str) -> Fields:

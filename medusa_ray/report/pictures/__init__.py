@@ -3,7 +3,7 @@
 from typing import Any
 
 from medusa_ray.report.drawing import Picture
-from medusa_ray.report.pictures import acceptance, speed, training
+from medusa_ray.report.pictures import acceptance, speed, steps, training
 from medusa_ray.report.summary import Inputs
 
 
@@ -24,8 +24,8 @@ def _all(report: dict[str, Any], inputs: Inputs) -> dict[str, Picture | None]:
         "goodput": speed.goodput(report),
         "ramp": speed.ramp(inputs.bench.get("ramp")),
         "engine": speed.engine(report),
-        "step_time": speed.step_time(report, info),
-        "step_cost": speed.step_cost(report, info),
+        "step_time": steps.step_time(report, info),
+        "step_cost": steps.step_cost(report, info),
         "by_position": acceptance.by_position(report),
         "step_sizes": acceptance.step_sizes(report),
         "acceptance": acceptance.acceptance(report),

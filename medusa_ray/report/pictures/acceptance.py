@@ -13,6 +13,7 @@ from medusa_ray.report.drawing import (
     PALE,
     QUIET,
     WIDTH,
+    Columns,
     Picture,
     bars_across,
     beside,
@@ -125,7 +126,10 @@ def tree(paths: Sequence[Sequence[int]]) -> Picture | None:
     # A node's radius in points; neighbours do not touch.
     size = min(9.0, 30 * WIDTH * (1 + is_wide) / num_leaves)
     label = f"The token tree: {len(walks)} nodes in {depth} levels below the root"
-    columns = {"order": list(range(1, len(walks) + 1)), "walk": [" ".join(map(str, walk)) for walk in walks]}
+    columns: Columns = {
+        "order": list(range(1, len(walks) + 1)),
+        "walk": [" ".join(map(str, walk)) for walk in walks],
+    }
     with drawing("tree", "Token tree", label, columns, 0.5 + 0.62 * (depth + 1), is_wide) as picture:
         ax = picture.axes
         for walk in walks:
@@ -137,7 +141,12 @@ def tree(paths: Sequence[Sequence[int]]) -> Picture | None:
             colour = mixed(MEDUSA, PALE, 0.8 * order / max(1, len(walks) - 1))
             ax.plot(across[walk], -len(walk), "o", color=colour, markersize=2 * size, markeredgewidth=0)
             if size > 3:
-                style = {"ha": "center", "va": "center_baseline", "color": "white", "fontsize": size}
+                style: dict[str, Any] = {
+                    "ha": "center",
+                    "va": "center_baseline",
+                    "color": "white",
+                    "fontsize": size,
+                }
                 ax.annotate(str(walk[-1]), (across[walk], -len(walk)), **style)
         for level in range(depth + 1):
             text, style = (

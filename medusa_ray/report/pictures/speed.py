@@ -10,23 +10,20 @@ from medusa_ray.report.drawing import (
     INK,
     LOSS,
     MEDUSA,
-    PALE,
     QUIET,
     RULE,
+    Columns,
     Picture,
-    apart,
     arm_colours,
     at_right,
     bars_across,
     beside,
     drawing,
-    figures,
     legend,
-    mixed,
-    short,
+    load_axis,
 )
 from medusa_ray.report.numbers import concurrency, in_order, rate
-from medusa_ray.report.predicted import Times, between, step_times
+from medusa_ray.report.predicted import between
 from medusa_ray.report.text import in_rank, measured_loads
 from medusa_ray.report.verdict import MIN_SPEEDUP
 
@@ -59,13 +56,12 @@ def speedup(report: dict[str, Any]) -> Picture | None:
         for x, value in enumerate(points.values()):
             _speedup_mark(ax, x, value)
         end = report["break_even"].get("tpot", {}).get("concurrency")
-        if end and (x := _place(list(points), end)) is not None:
-            ax.axvline(x, color=LOSS, linewidth=1, linestyle=(0, (3, 2)))
-            beside(ax, f"break-even {end:.0f}", (x, top), (4, -8), va="center", fontsize=8, color=LOSS)
+        if end and (place := _place(list(points), end)) is not None:
+            ax.axvline(place, color=LOSS, linewidth=1, linestyle=(0, (3, 2)))
+            beside(ax, f"break-even {end:.0f}", (place, top), (4, -8), va="center", fontsize=8, color=LOSS)
         ax.set_ylim(bottom, top)
         ax.set_xlim(-0.5, len(points) - 0.35)
-        ax.set_xticks(range(len(points)), [short(load) for load in points])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, list(points))
         ax.set_ylabel("times the baseline")
         at_right(ax, "baseline", 1)
         at_right(ax, "asked for", MIN_SPEEDUP)
@@ -108,11 +104,11 @@ def _by_load(report: dict[str, Any], key: str, name: str, title: str, unit: str)
     if not shown:
         return None
     loads, arms = in_order({load for load, _, _ in shown}), in_rank({arm: 0 for _, arm, _ in shown})
-    columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
+    columns: Columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
     columns |= {percent: [found[percent][key] for _, _, found in shown] for percent in ("p50", "p95", "p99")}
     label = f"{title} of each arm by load: bar to the median, line to the p99"
     with drawing(name, title, label, columns) as picture:
-        ax, named = picture.axes, set()
+        ax, named = picture.axes, set[str]()
         for load, arm, found in shown:
             x = loads.index(load) + (arms.index(arm) - (len(arms) - 1) / 2) * 0.36
             colour, tail = arm_colours(arms)[arm], found["p99"][key]
@@ -121,8 +117,7 @@ def _by_load(report: dict[str, Any], key: str, name: str, title: str, unit: str)
             ax.plot(x, tail, "_", color=INK, markersize=7)
             named.add(arm)
         ax.set_ylim(0, 1.05 * max(columns["p99"]))
-        ax.set_xticks(range(len(loads)), [short(load) for load in loads])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, loads)
         ax.set_ylabel(unit)
         legend(ax)
     return picture
@@ -217,7 +212,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
     if not shown:
         return None
     loads, arms = in_order({load for load, _, _ in shown}), in_rank({arm: 0 for _, arm, _ in shown})
-    columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
+    columns: Columns = {"load": [load for load, _, _ in shown], "arm": [arm for _, arm, _ in shown]}
     columns |= {key: [good[key] for _, _, good in shown] for key in ("requests_per_s", "share")}
     columns |= {
         "share_low": [g["ci95"][0] for _, _, g in shown],
@@ -225,7 +220,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
     }
     label = "Goodput: requests per second that met the SLO, by load"
     with drawing("goodput", "Goodput under the SLO", label, columns) as picture:
-        ax, named, width = picture.axes, set(), 0.8 / len(arms)
+        ax, named, width = picture.axes, set[str](), 0.8 / len(arms)
         for load, arm, good in shown:
             x = loads.index(load) + (arms.index(arm) - (len(arms) - 1) / 2) * width
             height = good["requests_per_s"] or 0
@@ -235,8 +230,7 @@ def goodput(report: dict[str, Any]) -> Picture | None:
                 beside(ax, f"{good['share']:.0%}", (x, height), (0, 2), ha="center", fontsize=8)
             named.add(arm)
         ax.set_ylim(0, 1.15 * max([height or 0 for height in columns["requests_per_s"]] + [0.1]))
-        ax.set_xticks(range(len(loads)), [short(load) for load in loads])
-        ax.set_xlabel("requests at a time")
+        load_axis(ax, loads)
         ax.set_ylabel("good requests per second")
         legend(ax, 3)
     return picture
@@ -261,91 +255,6 @@ def engine(report: dict[str, Any]) -> Picture | None:
     ) as picture:
         bars_across(picture.axes, shown, "{:.0f}")
         picture.axes.set_xlabel("tokens per second, one prompt at a time")
-    return picture
-
-
-# ------------------------------------------------------------------------------------------------ steps
-
-
-def step_cost(report: dict[str, Any], info: dict[str, Any] | None) -> Picture | None:
-    """What a step with a tree costs, over one without, by the tree's nodes and the rows of the batch."""
-    times = step_times(info)
-    shown = [
-        (rows, nodes, seconds, seconds / of[1.0])
-        for rows, of in sorted(times.items())
-        if of.get(1.0)
-        for nodes, seconds in sorted(of.items())
-    ]
-    if not shown:
-        return None
-    columns = dict(
-        zip(("rows", "nodes", "seconds", "cost_ratio"), map(list, zip(*shown, strict=True)), strict=True)
-    )
-    label = "Cost of a step by nodes of the tree, over a step without one"
-    with drawing("step_cost", "What a step costs", label, columns) as picture:
-        ax, kinds = picture.axes, list(dict.fromkeys(columns["rows"]))
-        ends = []
-        for index, rows in enumerate(kinds):
-            line = [(nodes, ratio) for of, nodes, _, ratio in shown if of == rows]
-            colour = mixed(PALE, INK, index / max(len(kinds) - 1, 1))
-            ax.plot(*zip(*line, strict=True), "o-", color=colour, markersize=4)
-            ends.append((line[-1][1], f"{rows:g} at a time", colour))
-        _ends(ax, ends)
-        _chosen(ax, report, times)
-        ax.set_ylim(0, 1.1 * max(columns["cost_ratio"]))
-        ax.margins(x=0.02)
-        ax.set_xlabel("nodes, the root counted (rings: the mean that was served)")
-        ax.set_ylabel("times a step without a tree")
-    return picture
-
-
-def _ends(ax: Axes, ends: list[tuple[float, str, Any]]) -> None:
-    """Names of lines at their right ends, so far apart that they can be read."""
-    heights = apart([y for y, _, _ in ends], 0.075 * 1.1 * max(y for y, _, _ in ends))
-    for y, (_, text, colour) in zip(heights, ends, strict=True):
-        at_right(ax, text, y, colour)
-
-
-def _chosen(ax: Axes, report: dict[str, Any], times: Times) -> None:
-    """The mean tree of each load, on the line of its concurrency."""
-    for load, found in report["arms"].get("medusa", {"load": {}})["load"].items():
-        rows, nodes = concurrency(load), found["nodes_per_step"]
-        alone, whole = (
-            between({of: between(by, at) for of, by in times.items()}, rows) if rows and nodes else None
-            for at in (1, nodes)
-        )
-        if alone and whole:
-            ax.plot(nodes, whole / alone, "o", markersize=9, fillstyle="none", color=CONTRAST)
-
-
-def step_time(report: dict[str, Any], info: dict[str, Any] | None) -> Picture | None:
-    """Where the time of a served step goes: the base alone, what the tree adds, and all beside the model."""
-    times, shown = step_times(info), []
-    for load, found in report["arms"].get("medusa", {"load": {}})["load"].items():
-        rows, nodes = concurrency(load), found["nodes_per_step"]
-        if not times or not rows or not nodes or not found["tpot_ms"] or not found["acceleration"]:
-            continue
-        alone, whole = (between({of: between(by, at) for of, by in times.items()}, rows) for at in (1, nodes))
-        if alone and whole:
-            step_ms = found["tpot_ms"] * found["acceleration"]
-            shown.append((load, 1e3 * alone, 1e3 * (whole - alone), step_ms - 1e3 * whole))
-    if not shown:
-        return None
-    names = ("load", "base_ms", "tree_ms", "beside_ms")
-    columns = dict(zip(names, map(list, zip(*shown, strict=True)), strict=True))
-    label = "Milliseconds of a served step: the base alone, what the tree adds, all else"
-    with drawing("step_time", "Where the time of a step goes", label, columns) as picture:
-        ax, below = picture.axes, [0.0] * len(shown)
-        parts = (("base_ms", "the base alone", BASELINE), ("tree_ms", "heads and tree", MEDUSA))
-        for key, name, colour in (*parts, ("beside_ms", "beside the model", CONTRAST)):
-            heights = [max(value, 0) for value in columns[key]]
-            ax.bar(range(len(shown)), heights, 0.55, bottom=below, color=colour, label=name)
-            below = [low + height for low, height in zip(below, heights, strict=True)]
-        ax.set_ylim(0, 1.08 * max(below))
-        ax.set_xticks(range(len(shown)), [short(load) for load in columns["load"]])
-        ax.set_xlabel("requests at a time")
-        ax.set_ylabel("ms per step")
-        legend(ax, 3)
     return picture
 
 
@@ -397,5 +306,5 @@ def ramp(told: dict[str, Any] | None) -> Picture | None:
         ax.set_yticks([0, 0.5, 1], ["0", "half", "most"])
         ax.margins(x=0)
         ax.set_xlabel("seconds")
-        legend(ax, 3)
+        legend(ax)
     return picture
