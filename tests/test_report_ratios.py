@@ -12,6 +12,7 @@ from medusa_ray.report.predicted import predict, step_cost_ratio
 from medusa_ray.report.ratios import crossing, measure_break_even, measure_categories, measure_equal_latency
 from medusa_ray.report.samples import Samples
 from medusa_ray.report.summary import Inputs, summarise
+from medusa_ray.report.text import caveats
 
 
 def closed_rows(arm: str, loads: dict[int, float], num_prompts: int = 8) -> list[dict[str, Any]]:
@@ -152,6 +153,17 @@ def test_loads_stand_in_order_of_what_they_ask():
     assert in_order(loads) == [
         "synchronous", "concurrency=4", "concurrency=16", "throughput", "constant=4", "poisson=2.5", "poisson=10",
     ]  # fmt: skip
+
+
+def test_a_sender_that_falls_behind_its_schedule_is_a_caveat():
+    """What it cost is in the latency, and nobody knows whether the server or the sender was slow."""
+    rows = open_rows((4,))
+    late = [row | {"wait_s": 1.5} for row in rows if row["arm"] == "medusa"]
+    assert caveats(summarise(Inputs(requests=rows))) == []
+    assert caveats(summarise(Inputs(requests=late))) == [
+        "Requests to medusa at 4 requests/s (poisson) were sent 1.50 s after they were due (median), which is in their "
+        "latency: the server or the client could not keep up with the schedule."
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ two arms

@@ -30,7 +30,7 @@ def show_comparison(found: dict[str, Any]) -> None:
 def _console() -> Console:
     """As wide as the terminal; piped, as wide as the tables are."""
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(width=220)
 
 
 def _print_table(console: Console, headers: list[str], rows: list[list[str]]) -> None:

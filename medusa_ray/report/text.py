@@ -14,8 +14,9 @@ COLUMNS = (
     ("Inter Token Latency", "ms", "itl_ms", 2),
     ("Output Token Throughput", "tokens/sec", "output_tokens_per_s", 2),
     ("Acceleration", "tokens/step", "acceleration", 2),
-    ("Time per Output Token", "ms", "tpot_ms", 2),
+    ("TPOT", "ms", "tpot_ms", 2),
 )
+MAX_LATE = 0.1  # of the median latency; a sender that keeps its schedule is late by milliseconds
 Table = tuple[list[str], list[list[str]]]  # headers, rows
 
 
@@ -145,6 +146,7 @@ def caveats(report: dict[str, Any]) -> list[str]:
         *_answers(report),
         *_weak_baseline(report),
         *_failures(report),
+        *_late(report),
         *_prompts(report),
     ] + [line for line in (_unstable(report), _peers(report)) if line]
 
@@ -192,6 +194,19 @@ def _failures(report: dict[str, Any]) -> list[str]:
         )
         if failed:
             found.append(f"{failed} of {sent} requests to {arm} failed; they are left out of its times.")
+    return found
+
+
+def _late(report: dict[str, Any]) -> list[str]:
+    """Open loads that were not sent by their schedule."""
+    found = []
+    for load, arm, measured in measured_loads(report):
+        late_s, latency_s = measured["p50"]["wait_s"] or 0, measured["p50"]["request_latency_s"] or 0
+        if late_s > MAX_LATE * latency_s:
+            found.append(
+                f"Requests to {arm} {in_words(load)} were sent {late_s:.2f} s after they were due (median), which is "
+                "in their latency: the server or the client could not keep up with the schedule."
+            )
     return found
 
 
