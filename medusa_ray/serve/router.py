@@ -206,8 +206,8 @@ class Router:
         What is wrong with a request otherwise, a replica says.
         """
         try:
-            asked = from_json(body) if body else {}
-        except ValueError:
+            asked = from_json(body)
+        except ValueError:  # no body, for one
             return self.models[0], body
         if not isinstance(asked, dict):
             return self.models[0], body
