@@ -69,8 +69,8 @@ def test_the_prompt_of_a_chat_is_the_beginning_of_the_whole(tokenizer: PreTraine
 
 
 def test_a_role_that_the_template_does_not_know_is_refused(tokenizer: PreTrainedTokenizerFast):
-    with pytest.raises(ValueError, match="tool"):
-        Chat(tokenizer).prompt_ids([{"role": "tool", "content": "42"}])
+    with pytest.raises(ValueError, match="critic"):
+        Chat(tokenizer).prompt_ids([{"role": "critic", "content": "42"}])
 
 
 def test_chats_without_an_answer_or_too_long_are_left_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):

@@ -225,11 +225,11 @@ def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error(chat: 
                 yield delta
                 raise RuntimeError("the engine has failed: bang")
 
-    events = events_of(
-        client_of(Dying(steps_of(chat, "a", "b")), chat).post(CHAT_URL, json={**CHAT, "stream": True})
-    )
-    assert events[0]["choices"][0]["delta"]["content"] == "a"
-    assert "bang" in events[-1]["error"]["message"]
+    client = client_of(Dying(steps_of(chat, "a", "b")), chat)
+    shown, error, end = client.post(CHAT_URL, json={**CHAT, "stream": True}).text.split("\n\n")
+    assert json.loads(shown.removeprefix("data: "))["choices"][0]["delta"]["content"] == "a"
+    assert "bang" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert end == ""  # no [DONE], as if that were all
 
 
 def test_models_info_and_metrics_tell_what_is_served(chat: Chat) -> None:

@@ -23,6 +23,7 @@ from medusa_ray.chat import Chat
 from medusa_ray.config import EngineConfig, RunConfig, ServeConfig, TrafficLogConfig, UserError
 from medusa_ray.openai_api import ChatRequest, Envelope
 from medusa_ray.serve import Server, build_api
+from medusa_ray.serve.calls import Call
 from medusa_ray.traffic import TrafficLog
 
 SECRET = "the launch code is 0000"
@@ -168,7 +169,7 @@ def test_a_client_that_hangs_up_after_the_last_step_only_leaves_its_chat(
     request = ChatRequest.model_validate(CHAT)
 
     async def scenario() -> None:
-        pieces = server.logged(server.answer(request), request, Envelope(request))
+        pieces = server.logged(server.answer(request, Call("x")), request, Envelope(request))
         for _ in range(num_steps):
             await anext(pieces)
         await pieces.aclose()

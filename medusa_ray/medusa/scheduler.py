@@ -82,12 +82,13 @@ class Sequence:
     hidden_parts: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None  # stop | length | deadline | cancelled
     is_cancelled: bool = False  # by `Scheduler.cancel`; the step after that ends it
-    came_s: float = field(default_factory=time.monotonic)
+    came_s: float = field(init=False)  # on the monotonic clock
     queue_s: float = 0.0  # from then to its joining
     ends_by_s: float = math.inf  # on the monotonic clock
 
     def __post_init__(self) -> None:
         self.seed = random.getrandbits(62) if self.request.seed is None else self.request.seed
+        self.came_s = time.monotonic()
         if self.request.deadline_s is not None:
             self.ends_by_s = self.came_s + self.request.deadline_s
 
