@@ -64,7 +64,8 @@ class Client:
             nonlocal num_tokens
             reader, writer = await asyncio.open_connection(self.parts.hostname, self.parts.port)
             for prompt in waiting:
-                num_tokens += (await self.ask(reader, writer, prompt))[0]
+                num, _ = await self.ask(reader, writer, prompt)  # others add to the sum meanwhile
+                num_tokens += num
             writer.close()
 
         started = time.perf_counter()
