@@ -153,7 +153,7 @@ def compare(what: str, found: Drawn | None, known: float) -> None:
 def test_a_server_against_itself_shows_no_speedup(tmp_path: Path) -> None:
     """Twenty benchmarks of two rounds: of 95% intervals, one in twenty may miss what is true."""
     num_runs = 20
-    with mock_server(ttft_ms=60, ttft_ms_std=6, itl_ms=12, itl_ms_std=2, output_tokens=NUM_TOKENS) as url:
+    with mock_server(ttft_ms=60, ttft_ms_std=6, itl_ms=12, itl_ms_std=1, output_tokens=NUM_TOKENS) as url:
         urls = {"baseline": url, "medusa": url}
         _, rows = measured(tmp_path, urls, loads=["concurrency=4"], rounds=2 * num_runs)
     found = []
