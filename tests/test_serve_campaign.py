@@ -56,12 +56,16 @@ def medusa(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {**ENGINE, "model_id": "medusa", "base": str(tiny_base), "heads": str(heads)}
 
 
+ON_THE_HEAD = {"num_cpus": 0, "resources": {"head": 0.01}}
+
+
 def file_of(shape: str, args: dict[str, Any], port: int, **engine: Any) -> ServeConfig:
     """A serve file with one application at the root; engine: what `deployments` says of its engine."""
     app: dict[str, Any] = {"name": "app", "args": args, "deployments": [{"name": "Engine", **engine}]}
     if shape == "resilient":
         app |= {"import_path": "medusa_ray.serve:build_resilient_app", "args": {"models": [args]}}
-        router = {"name": "Router", "ray_actor_options": {"num_cpus": 0.5}}
+        is_in_nodes = "head" in ray.cluster_resources()
+        router = {"name": "Router", "ray_actor_options": ON_THE_HEAD if is_in_nodes else {"num_cpus": 0.5}}
         app["deployments"] = [router, {"name": "medusa", **engine}]
     raw = {"http_options": {"port": port}, "applications": [app]}
     return config.parse(ServeConfig, raw, "x.yaml")
@@ -254,7 +258,8 @@ def lose_node(shape: str, medusa: dict[str, Any]) -> tuple[dict[str, int], list[
     from ray.cluster_utils import Cluster
 
     # Room for one replica on each.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1.5, "include_dashboard": False})
+    head = {"num_cpus": 1, "resources": {"head": 1}, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     deployment = "medusa" if shape == "resilient" else "Engine"
