@@ -278,7 +278,7 @@ def lose_node(shape: str, medusa: dict[str, Any]) -> tuple[dict[str, int], list[
                 f"{shape}: the loss of a node was noticed after {time.monotonic() - began_s:.1f} s",
                 flush=True,
             )
-            await asyncio.to_thread(cluster.add_node, num_cpus=1)
+            cluster.add_node(num_cpus=1)  # in this thread, since it sets a signal's handler; clients wait meanwhile
             await until(lambda: states_of(deployment) == {"RUNNING": 2}, 600)
             print(f"{shape}: healthy again after {time.monotonic() - began_s:.1f} s", flush=True)
             await asyncio.sleep(3)
