@@ -485,7 +485,8 @@ def run(live: Live, cases: list[Case]) -> None:
 def test_a_sample_of_hostile_bodies_is_refused_in_words(live: Live) -> None:
     """Each value somewhere, and something at each place; the nightly campaign has every value at every place."""
     rng = random.Random(0)
-    run(live, [*rng.sample(hand_made_cases(), 80), *covering(schema_cases(live), rng)])
+    by_schema = schema_cases(live)
+    run(live, [*rng.sample(hand_made_cases(), 120), *covering(by_schema, rng), *rng.sample(by_schema, 250)])
 
 
 @pytest.mark.nightly
