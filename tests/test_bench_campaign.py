@@ -100,11 +100,11 @@ def measured(folder: Path, urls: dict[str, str], **changes: Any) -> tuple[Traffi
 
 
 def test_known_delays_come_out_within_three_percent(tmp_path: Path) -> None:
-    """Medians over requests of means over tokens; each reply's delays are drawn anew, with 5% of standard deviation."""
+    """Medians over requests of means over tokens; each reply's delays are drawn anew, with 2% of standard deviation."""
     with ExitStack() as stack:
         urls = {}
         for arm, itl_ms in ITL_MS.items():
-            delays = {"ttft_ms": TTFT_MS, "ttft_ms_std": 0.05 * TTFT_MS, "itl_ms": itl_ms, "itl_ms_std": 0.05 * itl_ms}
+            delays = {"ttft_ms": TTFT_MS, "ttft_ms_std": 0.02 * TTFT_MS, "itl_ms": itl_ms, "itl_ms_std": 0.02 * itl_ms}
             urls[arm] = stack.enter_context(mock_server(**delays, output_tokens=NUM_TOKENS))
         added = {}
         for arm, url in urls.items():
