@@ -169,12 +169,12 @@ def test_the_client_is_watched_process_by_process() -> None:
     watch = guidellm.Watch(os.getpid())
     started_s = time.time()
     with watch:
-        busy_until = time.process_time() + 0.6
+        busy_until = time.process_time() + 2.0
         while time.process_time() < busy_until:
             pass
         ended_s = time.time()
     share = watch.busiest(started_s, ended_s)
-    assert 0.4 / (ended_s - started_s) < share < 1.2
+    assert 1.2 / (ended_s - started_s) < share < 1.2  # up to two looks may be lost at the ends
     assert watch.busiest(ended_s, ended_s) == 0.0
 
 
