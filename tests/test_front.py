@@ -293,6 +293,7 @@ def test_a_server_is_warm_before_it_serves_and_health_steps_for_real(tiny_base: 
     assert served.engine.counters.num_generated_tokens == 1  # the step before is proof enough
     info = client.get("/info").json()
     assert (info["model_id"], info["model_dtype"], info["model_device_type"]) == ("m", "torch.float32", "cpu")
+    assert info["step_times"]["1"]["4"] > 0  # of one row with all three guesses: what a report predicts speedups from
     assert (info["max_input_tokens"], info["max_total_tokens"], info["max_concurrent_requests"]) == (
         63,
         64,

@@ -371,6 +371,7 @@ class Server:
     def info(self) -> dict[str, Any]:
         """What is served, and how: enough to label a benchmark of it."""
         engine, heads = self.engine, self.engine.heads
+        sizer = engine.sizer if engine.is_adaptive else None
         parameter = next(engine.model.parameters())
         return {
             # TGI's, as far as they mean something here
@@ -399,6 +400,7 @@ class Server:
             "draft_vocab_size": heads.draft_vocab_size if heads else None,
             "tree_nodes": engine.num_nodes,
             "is_adaptive": engine.is_adaptive,
+            "step_times": sizer.times if sizer else None,  # seconds by rows and nodes
             "shares_prefixes": self.args.shares_prefixes,
             "mode": engine.mode,
             "tensor_parallel": self.args.tensor_parallel,
