@@ -8,21 +8,22 @@ Tokens to look up in the prompt are guesses as Medusa's are; 0 makes none. Greed
 import json
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import torch
+from stand_in import Handler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 
-class Handler(BaseHTTPRequestHandler):
+class Generate(Handler):
     tokenizer: Any = None
     model: Any = None
     num_lookup = 0
     turn = threading.Lock()
 
     def do_GET(self) -> None:
-        self.answer({"data": [{"id": "base"}]})
+        self.reply(200, {"data": [{"id": "base"}]})
 
     def do_POST(self) -> None:
         if not self.path.endswith("/v1/chat/completions"):
@@ -62,30 +63,18 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": ids.shape[1], "completion_tokens": found[0].shape[1] - ids.shape[1]}
         if not body.get("stream"):
             message = {"role": "assistant", "content": "".join(texts)}
-            return self.answer({"choices": [{"index": 0, "message": message}], "usage": usage})
+            return self.reply(200, {"choices": [{"index": 0, "message": message}], "usage": usage})
         self.event({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
-
-    def answer(self, body: Any) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def event(self, chunk: Any) -> None:
-        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        self.wfile.flush()
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def main() -> None:
     base, port, *more = sys.argv[1:]
     torch.set_num_threads(1)
-    Handler.tokenizer = AutoTokenizer.from_pretrained(base)
-    Handler.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    Handler.num_lookup = int(more[0]) if more else 0
-    ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+    Generate.tokenizer = AutoTokenizer.from_pretrained(base)
+    Generate.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    Generate.num_lookup = int(more[0]) if more else 0
+    ThreadingHTTPServer(("127.0.0.1", int(port)), Generate).serve_forever()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 import copy
 import json
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stand_in import Handler, serving
 
 from medusa_ray import bench, provenance, records
 from medusa_ray.bench import guidellm
@@ -28,7 +28,7 @@ BROKEN = "the prompt that breaks the server"
 LOADS = ["synchronous", "concurrency=3", "throughput"]
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StandIn(Handler):
     """An OpenAI server under /baseline and /medusa that answers a prompt with itself, step by step."""
 
     def do_GET(self) -> None:
@@ -65,29 +65,12 @@ class StandIn(BaseHTTPRequestHandler):
         self.event({"choices": [], "usage": usage, "metrics": {"speculative_decoding": told}})
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def reply(self, status: int, body: Any) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def event(self, chunk: Any) -> None:
-        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        self.wfile.flush()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ThreadingHTTPServer]:
     """The stand-in; `bodies` are all that it was asked."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.daemon_threads = True
-    server.bodies = []  # type: ignore[attr-defined]  # read by StandIn
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(StandIn, bodies=[]) as server:
+        yield server
 
 
 def traffic(folder: Path, port: int, **changes: Any) -> TrafficConfig:

@@ -4,10 +4,9 @@ import itertools
 import json
 import os
 import shlex
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from stand_in import Handler, serving
 from typer.testing import CliRunner
 
 from medusa_ray import bench, cli, provenance, records
@@ -27,7 +27,7 @@ KEY = "sk-a-key-that-no-file-may-hold"
 LATENCY_S = 0.03
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StandIn(Handler):
     """An OpenAI server that wants KEY, knows BOS as token 1, and tells of a replica more with each answer to /info."""
 
     def do_GET(self) -> None:
@@ -54,28 +54,16 @@ class StandIn(BaseHTTPRequestHandler):
         self.end_headers()
         for text in ("SELECT", " 1"):
             choice = {"index": 0, "text": text} if "prompt" in body else {"index": 0, "delta": {"content": text}}
-            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            self.event({"choices": [choice]})
         usage = {"prompt_tokens": 7, "completion_tokens": 4}
-        self.wfile.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
-
-    def reply(self, status: int, body: Any) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.daemon_threads = True
-    server.bodies, server.state = [], {"asked": 0}  # type: ignore[attr-defined]  # read by StandIn
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(StandIn, bodies=[], state={"asked": 0}) as server:
+        yield server
 
 
 def traffic(folder: Path, port: int, **changes: Any) -> TrafficConfig:

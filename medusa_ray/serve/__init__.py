@@ -7,7 +7,6 @@ its replicas, scaling.py says how many of them there should be, and cluster.py r
 
 from medusa_ray.serve.app import build_app
 from medusa_ray.serve.cluster import (
-    FALLBACK_PORT,
     deploy,
     direct_url,
     environment,
@@ -20,7 +19,6 @@ from medusa_ray.serve.router import RoutedReplica, Router, build_resilient_app
 from medusa_ray.serve.server import Server
 
 __all__ = [
-    "FALLBACK_PORT",
     "RoutedReplica",
     "Router",
     "Server",

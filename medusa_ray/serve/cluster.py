@@ -19,10 +19,6 @@ from medusa_ray.serve.router import resilient
 
 log = logging.getLogger("medusa_ray")
 
-FALLBACK_PORT = (
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"  # of Ray Serve's own proxy, when HAProxy stands before it
-)
-
 
 def environment() -> dict[str, str]:
     """Variables for Ray Serve's processes that let clients reach a replica without a proxy: see `direct_url`.
