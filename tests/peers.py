@@ -31,7 +31,7 @@ def vllm(
 
     venv: a virtual environment that has vLLM. heads: in vLLM's own layout. options: further ones of `vllm serve`.
     """
-    port = _free_port()
+    port = free_port()
     words = [
         *(
             "taskset",
@@ -67,40 +67,40 @@ def vllm(
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }
-        with _running(words, environment, port) as url:
+        with running(words, environment, port) as url:
             yield url
 
 
 @contextmanager
 def transformers_serve(base: str, core: int) -> Iterator[str]:
     """URL of transformers' own server in continuous batches, on one core; its model is called `base`, as given here."""
-    port = _free_port()
+    port = free_port()
     words = ["taskset", "-c", str(core), f"{Path(sys.executable).parent}/transformers", "serve", base]
     words += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--continuous-batching", "--attn-implementation", "sdpa", "--no-cb-use-cuda-graph"]
     words += ["--cb-num-blocks", "512", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
-    with tempfile.TemporaryDirectory() as cache, _running(words, {"HF_HUB_CACHE": cache}, port) as url:
+    with tempfile.TemporaryDirectory() as cache, running(words, {"HF_HUB_CACHE": cache}, port) as url:
         yield url  # without a cache folder, /v1/models fails
 
 
 @contextmanager
 def transformers_generate(base: str, core: int, num_lookup: int) -> Iterator[str]:
     """URL of transformers' `generate` with prompt lookup, a request at a time; the model is called `base`."""
-    port = _free_port()
+    port = free_port()
     script = Path(__file__).with_name("generate_server.py")
     words = ["taskset", "-c", str(core), sys.executable, str(script), base, str(port), str(num_lookup)]
-    with _running(words, {}, port) as url:
+    with running(words, {}, port) as url:
         yield url
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def _running(words: list[str], environment: dict[str, str], port: int) -> Iterator[str]:
-    """URL of a server while its process runs, once it answers."""
+def running(words: list[str], environment: dict[str, str], port: int) -> Iterator[str]:
+    """URL of a server while its process runs, once its /health answers."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as log:

@@ -6,11 +6,8 @@ tells what it adds to the delays that it was told, a few tenths of a millisecond
 
 import http.client
 import json
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import peers
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,34 +29,17 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 TTFT_MS, NUM_TOKENS = 300.0, 16
 ITL_MS = {"baseline": 90.0, "medusa": 60.0}
-START_S = 120
 WITHIN = 0.03
 
 
 @contextmanager
 def mock_server(**options: float) -> Iterator[str]:
     """URL of GuideLLM's mock server with these options, names with underscores."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = peers.free_port()
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     line = [sys.executable, "-m", "guidellm", "mock-server", "--port", str(port), "--host", "127.0.0.1"]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen([*line, "--model", "mock", *words], stdout=log, stderr=log)
-        try:
-            until_s = time.monotonic() + START_S
-            while True:
-                try:
-                    ask(port)
-                    break
-                except OSError:
-                    if server.poll() is not None or time.monotonic() > until_s:
-                        log.seek(0)
-                        raise RuntimeError(log.read().decode()[-2000:]) from None
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(30)
+    with peers.running([*line, "--model", "mock", *words], {}, port) as url:
+        yield url
 
 
 def ask(port: int) -> tuple[float, float]:
