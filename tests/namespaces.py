@@ -1,0 +1,141 @@
+"""Nodes of a Ray cluster on one host that share as little as nodes do: each has an address, mounts and a name of its own.
+
+Needs root and Linux: network namespaces on one bridge, and a mount and a UTS namespace for each node.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WHY_NOT = (
+    "needs root, ip and unshare"
+    if os.name != "posix" or os.getuid() != 0 or not (shutil.which("ip") and shutil.which("unshare"))
+    else ""
+)
+NETWORK = "10.77.31"
+# Beside the ports that the kernel gives out, as behind a firewall that knows of Ray's alone.
+PORTS = {
+    "--node-manager-port": 7001,
+    "--object-manager-port": 7002,
+    "--runtime-env-agent-port": 7003,
+    "--dashboard-agent-grpc-port": 7004,
+    "--dashboard-agent-listen-port": 7005,
+    "--metrics-export-port": 7006,
+    "--min-worker-port": 7100,
+    "--max-worker-port": 7200,
+}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Host:
+    """One node: a network namespace, and `ray start` in it once it is told so."""
+
+    index: int
+    folder: Path
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{NETWORK}.{self.index}"
+
+    @property
+    def namespace(self) -> str:
+        return f"medusa{self.index}"
+
+    def command(self, words: Sequence[str], before: str = "") -> list[str]:
+        """Of a process there. before: shell commands that prepare its mounts."""
+        hosts = self.folder / f"hosts{self.index}"
+        names = "".join(f"{NETWORK}.{i} node{i}\n" for i in range(1, 9))
+        hosts.write_text(f"127.0.0.1 localhost\n{names}")
+        script = f"mount --bind {hosts} /etc/hosts; hostname node{self.index}; {before}; exec {shlex.join(words)}"
+        # `ip netns exec` gives a mount namespace of its own too.
+        return ["ip", "netns", "exec", self.namespace, "unshare", "-u", "sh", "-c", script.replace("; ;", ";")]
+
+    def start(self, options: Mapping[str, object], environment: Mapping[str, str], before: str = "") -> None:
+        words = [str(word) for option in {**PORTS, **options}.items() for word in option if word != ""]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words]
+        with open(self.folder / f"ray{self.index}.log", "wb") as log:
+            self.process = subprocess.Popen(
+                self.command([*ray, "--node-ip-address", self.address], before),
+                env={**os.environ, **self.environment, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """As when the power fails: all that runs in its namespace ends at once."""
+        listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
+        for pid in map(int, listed.stdout.split()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if self.process:
+            self.process.wait()
+            self.process = None
+
+
+@dataclass
+class Cluster:
+    """Hosts on one bridge, the first of which is Ray's head."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    hosts: list[Host] = field(default_factory=list)
+
+    def __enter__(self) -> "Cluster":
+        ip("link", "add", "medusabr", "type", "bridge")
+        ip("link", "set", "medusabr", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts:
+            host.kill()
+        for host in self.hosts:
+            ip("netns", "del", host.namespace)
+        ip("link", "del", "medusabr")
+
+    def add(self, options: Mapping[str, object] = {}, before: str = "", **environment: str) -> Host:
+        """A further host, whose Ray is waited for."""
+        host = Host(len(self.hosts) + 1, self.folder, self.environment)
+        self.hosts.append(host)
+        ip("netns", "add", host.namespace)
+        ip("link", "add", f"medusav{host.index}", "type", "veth", "peer", "eth0", "netns", host.namespace)
+        ip("link", "set", f"medusav{host.index}", "master", "medusabr", "up")
+        for words in (["addr", "add", f"{host.address}/24", "dev", "eth0"], *(["link", "set", d, "up"] for d in ("eth0", "lo"))):
+            ip("-n", host.namespace, *words)
+        head = {"--head": "", "--port": 6399, "--dashboard-port": 8299}
+        worker = {"--address": f"{NETWORK}.1:6399"}
+        host.start({**(head if host.index == 1 else worker), "--num-cpus": 2, "--object-store-memory": 80 * 2**20, **options}, environment, before)
+        return host
+
+    def run(self, words: Sequence[str], timeout_s: float = 120, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """A driver on the head."""
+        return subprocess.run(
+            self.hosts[0].command(words, before),
+            env={**os.environ, **self.environment, "RAY_ADDRESS": f"{NETWORK}.1:6399", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def wait_for(self, num: int, timeout_s: float = 90) -> None:
+        """Until so many nodes are alive."""
+        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+        deadline_s = time.monotonic() + timeout_s
+        while (done := self.run([sys.executable, "-c", code])).stdout.strip() != str(num):
+            assert time.monotonic() < deadline_s, f"{done.stdout[-300:]} nodes; {done.stderr[-2000:]}"
+            time.sleep(1)
