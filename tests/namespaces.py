@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster on one host that share as little as nodes do: each has an address, mounts and a name of its own.
+"""Nodes of a Ray cluster on one host that share as little as nodes do: each has its own address, mounts and name.
 
 Needs root and Linux: network namespaces on one bridge, and a mount and a UTS namespace for each node.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
+def _merged(*environments: Mapping[str, str]) -> dict[str, str]:
+    """Later ones win; what is empty is not set."""
+    merged = dict(os.environ)
+    for environment in environments:
+        merged |= environment
+    return {name: value for name, value in merged.items() if value}
+
+
 @dataclass
 class Host:
     """One node: a network namespace, and `ray start` in it once it is told so."""
@@ -59,9 +68,21 @@ class Host:
         hosts = self.folder / f"hosts{self.index}"
         names = "".join(f"{NETWORK}.{i} node{i}\n" for i in range(1, 9))
         hosts.write_text(f"127.0.0.1 localhost\n{names}")
-        script = f"mount --bind {hosts} /etc/hosts; hostname node{self.index}; {before}; exec {shlex.join(words)}"
+        script = (
+            f"mount --bind {hosts} /etc/hosts; hostname node{self.index}; {before}; exec {shlex.join(words)}"
+        )
         # `ip netns exec` gives a mount namespace of its own too.
-        return ["ip", "netns", "exec", self.namespace, "unshare", "-u", "sh", "-c", script.replace("; ;", ";")]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.namespace,
+            "unshare",
+            "-u",
+            "sh",
+            "-c",
+            script.replace("; ;", ";"),
+        ]
 
     def start(self, options: Mapping[str, object], environment: Mapping[str, str], before: str = "") -> None:
         words = [str(word) for option in {**PORTS, **options}.items() for word in option if word != ""]
@@ -69,7 +90,7 @@ class Host:
         with open(self.folder / f"ray{self.index}.log", "wb") as log:
             self.process = subprocess.Popen(
                 self.command([*ray, "--node-ip-address", self.address], before),
-                env={**os.environ, **self.environment, **environment},
+                env=_merged(self.environment, environment),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -79,10 +100,8 @@ class Host:
         """As when the power fails: all that runs in its namespace ends at once."""
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         for pid in map(int, listed.stdout.split()):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         if self.process:
             self.process.wait()
             self.process = None
@@ -98,6 +117,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         ip("link", "add", "medusabr", "type", "bridge")
+        ip("addr", "add", f"{NETWORK}.254/24", "dev", "medusabr")
         ip("link", "set", "medusabr", "up")
         return self
 
@@ -105,6 +125,7 @@ class Cluster:
         for host in self.hosts:
             host.kill()
         for host in self.hosts:
+            ip("link", "del", f"medusav{host.index}")  # the namespace itself lives as long as the last process
             ip("netns", "del", host.namespace)
         ip("link", "del", "medusabr")
 
@@ -115,18 +136,24 @@ class Cluster:
         ip("netns", "add", host.namespace)
         ip("link", "add", f"medusav{host.index}", "type", "veth", "peer", "eth0", "netns", host.namespace)
         ip("link", "set", f"medusav{host.index}", "master", "medusabr", "up")
-        for words in (["addr", "add", f"{host.address}/24", "dev", "eth0"], *(["link", "set", d, "up"] for d in ("eth0", "lo"))):
-            ip("-n", host.namespace, *words)
-        head = {"--head": "", "--port": 6399, "--dashboard-port": 8299}
-        worker = {"--address": f"{NETWORK}.1:6399"}
-        host.start({**(head if host.index == 1 else worker), "--num-cpus": 2, "--object-store-memory": 80 * 2**20, **options}, environment, before)
+        ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            ip("-n", host.namespace, "link", "set", device, "up")
+        role: dict[str, object] = {"--address": f"{NETWORK}.1:6399"}
+        if host.index == 1:
+            role = {"--head": "", "--port": 6399, "--dashboard-port": 8299}
+        size = {"--num-cpus": 2, "--object-store-memory": 80 * 2**20}
+        host.start({**role, **size, **options}, environment, before)
+        self.wait_for(sum(host.process is not None for host in self.hosts))
         return host
 
-    def run(self, words: Sequence[str], timeout_s: float = 120, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, words: Sequence[str], timeout_s: float = 120, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """A driver on the head."""
         return subprocess.run(
-            self.hosts[0].command(words, before),
-            env={**os.environ, **self.environment, "RAY_ADDRESS": f"{NETWORK}.1:6399", **environment},
+            self.hosts[0].command(words),
+            env=_merged(self.environment, {"RAY_ADDRESS": f"{NETWORK}.1:6399"}, environment),
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -134,7 +161,9 @@ class Cluster:
 
     def wait_for(self, num: int, timeout_s: float = 90) -> None:
         """Until so many nodes are alive."""
-        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+        code = (
+            "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
+        )
         deadline_s = time.monotonic() + timeout_s
         while (done := self.run([sys.executable, "-c", code])).stdout.strip() != str(num):
             assert time.monotonic() < deadline_s, f"{done.stdout[-300:]} nodes; {done.stderr[-2000:]}"

@@ -10,11 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from medusa_ray import config
 from medusa_ray.cli.cluster import cluster
 from medusa_ray.config import RunConfig, ServeConfig, UserError
+from medusa_ray.doctor.door import Door, knock
 from medusa_ray.doctor.facts import Cluster, Needs, plain
 from medusa_ray.doctor.judge import DRIVER, Finding, judge
 
@@ -31,12 +30,13 @@ def run(
     """
     started_s = time.monotonic()
     wanted = read(file, overrides) if file else None
-    os.environ["RAY_ADDRESS"] = _address(address or os.environ.get("RAY_ADDRESS") or "auto")
+    found = knock(_address(address or os.environ.get("RAY_ADDRESS") or "auto"), timeout_s)
+    if found.refusal:
+        return diagnosis([_not_let_in(found.refusal)], None, started_s)
+    os.environ["RAY_ADDRESS"] = found.address
     try:
         with cluster():
-            known, needs = examine(wanted, file, timeout_s)
-    except ray.exceptions.AuthenticationError as error:
-        return diagnosis([_not_let_in(error)], None, started_s)
+            known, needs = examine(wanted, file, found, timeout_s)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
@@ -54,14 +54,14 @@ def read(file: str, overrides: tuple[str, ...] = ()) -> RunConfig | ServeConfig:
 
 
 def examine(
-    wanted: RunConfig | ServeConfig | None, file: str | None, timeout_s: float
+    wanted: RunConfig | ServeConfig | None, file: str | None, found: Door, timeout_s: float
 ) -> tuple[Cluster, Needs]:
     """What is known of the cluster, Ray being initialised, and what the file needs."""
     from medusa_ray.doctor import gather
     from medusa_ray.doctor import needs as reading
 
     if wanted is None or file is None:
-        return gather.cluster(Needs(), timeout_s), Needs()
+        return gather.cluster(Needs(), found.asks_for_token, timeout_s), Needs()
     has_gpu = gather.has_gpu()
     try:
         asked = gather.within(timeout_s, partial(reading.of, wanted, file, has_gpu))
@@ -76,7 +76,7 @@ def examine(
             asked = replace(
                 asked, unknown=(f"memory and disk are unknown: {error} of the chats or the base",)
             )
-    return gather.cluster(asked, timeout_s), asked
+    return gather.cluster(asked, found.asks_for_token, timeout_s), asked
 
 
 def diagnosis(findings: list[Finding], known: Cluster | None, started_s: float) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def _address(address: str) -> str:
     return address
 
 
-def _not_let_in(error: Exception) -> Finding:
+def _not_let_in(refusal: str) -> Finding:
     return Finding(
-        "authentication", "fault", f"Ray refuses this machine's token: {str(error).splitlines()[0]}",
-        "the token of the cluster", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the head's",
+        "authentication", "fault", refusal, "the token of the cluster",
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the head's",
         DRIVER,
     )  # fmt: skip
 

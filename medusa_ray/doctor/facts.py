@@ -82,7 +82,6 @@ class Node:
     open_files: int = 0
     compiler: str | None = None
     token_exposure: str | None = None
-    auth_mode: str = "token"
     collective: Collective | None = None
     clock: Clock | None = None
     unreachable: dict[str, str] = field(default_factory=dict)  # nodes that it could not connect to, and why
@@ -106,6 +105,7 @@ class Cluster:
     listening: dict[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # `GCS` and `dashboard` -> address:port
+    asks_for_token: bool | None = None
     available: dict[str, float] = field(default_factory=dict)  # resources that nobody holds now
     most: dict[str, float] | None = (
         None  # resources of the largest cluster that the autoscaler makes; None without one

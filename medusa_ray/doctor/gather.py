@@ -106,7 +106,7 @@ class Probes:
         self.drop(set(self.actors))
 
 
-def cluster(needs: Needs, timeout_s: float) -> Cluster:
+def cluster(needs: Needs, asks_for_token: bool | None, timeout_s: float) -> Cluster:
     """What is known of the cluster that Ray is initialised on. Each of some five rounds takes `timeout_s` at most."""
     table = _names(ray.nodes())
     internals: Any = ray._private  # where Ray keeps what it tells nobody
@@ -166,6 +166,7 @@ def cluster(needs: Needs, timeout_s: float) -> Cluster:
     return Cluster(
         nodes=tuple(nodes),
         listening=_listening(ports, asked["listening"], is_head),
+        asks_for_token=asks_for_token,
         available=ray.available_resources(),
         most=internals.state.state.get_max_resources_from_cluster_config(),
         session=session,

@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from medusa_ray.doctor.facts import Bundle, Cluster, Needs
 
 Level = Literal["fault", "warning", "ok"]
+LEVELS: tuple[Level, ...] = ("fault", "warning", "ok")  # the worst first
 
 SPILL_STOPS_AT = 0.95  # share of a disk in use, beyond which Ray writes nothing more to it
 LITTLE_DISK_BYTES = 10 * 2**30
+NAMED = 4  # nodes in one finding
 OPEN_FILES = 8192  # below it Ray itself warns
 CLOCK_WARNING_S, CLOCK_FAULT_S = 1.0, 60.0  # logs in order; signatures and tokens of storage and hubs
 DRIVER = "this machine"
@@ -31,8 +33,18 @@ class Finding:
 
 def judge(cluster: Cluster, needs: Needs) -> list[Finding]:
     """Findings of all checks, the worst first; a check without one says in a word what is well."""
-    findings = [finding for check in CHECKS for finding in check(cluster, needs)]
-    return sorted(findings, key=lambda finding: ("fault", "warning", "ok").index(finding.level))
+    found: dict[Finding, list[str]] = {}
+    for finding in (finding for check in CHECKS for finding in check(cluster, needs)):
+        found.setdefault(replace(finding, node=""), []).append(finding.node)
+    findings = [replace(finding, node=_together(names, cluster)) for finding, names in found.items()]
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+
+
+def _together(names: list[str], cluster: Cluster) -> str:
+    """Nodes that have the same finding."""
+    if len(names) > 1 and set(names) >= {node.name for node in cluster.answering}:
+        return "all nodes"
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} others" if len(names) > NAMED else "")
 
 
 def nodes(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
@@ -92,9 +104,8 @@ def authentication(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
         what: [at for at in addresses if not at.startswith(LOOPBACK)]
         for what, addresses in cluster.listening.items()
     }
-    mode = next((node.auth_mode for node in cluster.answering if node.is_head), None)
     do = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on all nodes, or bind to 127.0.0.1 (--dashboard-host)"
-    if mode != "token" and mode is not None:
+    if cluster.asks_for_token is False:
         for what, addresses in is_open.items():
             if addresses:
                 yield Finding(
@@ -107,7 +118,7 @@ def authentication(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
             yield Finding(
                 "authentication", "ok", "no token is asked for, and Ray's ports are on loopback alone"
             )
-    elif mode == "token":
+    elif cluster.asks_for_token:
         yield Finding("authentication", "ok", "Ray asks for a token")
     exposures = {node.name: node.token_exposure for node in cluster.answering}
     if cluster.driver_token_exposure not in exposures.values():
@@ -491,7 +502,9 @@ def _remedy(error: str) -> str:
         return "free some of the disk, or set output to another one"
     if "redential" in error or "Forbidden" in error or "AccessDenied" in error or "403" in error:
         return "give this node the credentials that the others have, before `ray start` (AWS_..., or a role)"
-    return "mount the same storage there on all nodes, and let the user of Ray write it"
+    return (
+        "put it where all nodes see it, as the user that Ray runs as: on one mount, or at a URI such as s3://"
+    )
 
 
 def _listed(resources: Mapping[str, float]) -> str:

@@ -35,8 +35,8 @@ def of_run(run: RunConfig, file: str, has_gpu: bool) -> Needs:
     sources = find_sources(run.data)
     return Needs(
         file=file,
-        writes=(parts.absolute(run.output),),
-        inputs=tuple(parts.absolute(source.files[0]) for split in sources.values() for source in split),
+        writes=(absolute(run.output),),
+        inputs=tuple(absolute(source.files[0]) for split in sources.values() for source in split),
         bases=((base_of(run.model), run.model.revision),),
         bundles=stages,
         wants_gpu=run.model.device == "cuda",
@@ -89,8 +89,8 @@ def of_serve(serve: ServeConfig, file: str, has_gpu: bool) -> Needs:
     folders = [folder for engine in engines for folder in (engine.heads,) if folder]
     return Needs(
         file=file,
-        writes=tuple(dict.fromkeys(map(parts.absolute, logs))),
-        inputs=tuple(dict.fromkeys(parts.absolute(f"{folder}/config.json") for folder in folders)),
+        writes=tuple(dict.fromkeys(map(absolute, logs))),
+        inputs=tuple(dict.fromkeys(absolute(f"{folder}/config.json") for folder in folders)),
         bases=tuple(dict.fromkeys((engine.base, None) for engine in engines)),
         bundles={"serve": tuple(b for app in serve.applications for b in _deployed(app))},
         processes=tuple(processes),
@@ -127,6 +127,11 @@ def _deployed(app: ApplicationConfig) -> list[Bundle]:
             Bundle(what, {k: v for k, v in bundle.items() if v}, num) for bundle in bundles or [each] if num
         ]
     return found
+
+
+def absolute(uri: str) -> str:
+    """A path for local files, a URI for others; the same for a process that runs elsewhere."""
+    return parts.absolute(uri).removeprefix("file://")
 
 
 def _least(num_actors: int | str) -> int:

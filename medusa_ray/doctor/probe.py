@@ -50,7 +50,6 @@ class Probe:
             "shm_bytes": shared.total if shared else 0,
             "open_files": soft,
             "compiler": shutil.which(os.environ.get("CXX", "g++")),
-            "auth_mode": os.environ.get("RAY_AUTH_MODE", "disabled").lower(),
             "token_exposure": token_exposure(),
             "collective": collective_address(),
         }
@@ -232,11 +231,16 @@ def memory() -> tuple[int, int]:
     return total, available
 
 
+def token_file() -> Path:
+    """Where Ray finds its token when no variable holds it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").absolute()
+
+
 def token_exposure() -> str | None:
     """Ray's token file when accounts other than its owner can read it, with its mode; None when they cannot."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return None
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").absolute()
+    file = token_file()
     try:
         mode = file.stat().st_mode
         if mode & stat.S_IROTH and all(parent.stat().st_mode & stat.S_IXOTH for parent in file.parents):
