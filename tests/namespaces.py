@@ -20,7 +20,6 @@ WHY_NOT = (
     if os.name != "posix" or os.getuid() != 0 or not (shutil.which("ip") and shutil.which("unshare"))
     else ""
 )
-NETWORK = "10.77.31"
 # Beside the ports that the kernel gives out, as behind a firewall that knows of Ray's alone.
 PORTS = {
     "--node-manager-port": 7001,
@@ -51,38 +50,36 @@ class Host:
     """One node: a network namespace, and `ray start` in it once it is told so."""
 
     index: int
+    network: str
     folder: Path
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
-        return f"{NETWORK}.{self.index}"
+        return f"{self.network}.{self.index}"
 
     @property
     def namespace(self) -> str:
-        return f"medusa{self.index}"
+        return f"medusa-{self.network}.{self.index}"
 
     def command(self, words: Sequence[str], before: str = "") -> list[str]:
-        """Of a process there. before: shell commands that prepare its mounts."""
-        hosts = self.folder / f"hosts{self.index}"
-        names = "".join(f"{NETWORK}.{i} node{i}\n" for i in range(1, 9))
+        """Of a process there. before: lines of shell that prepare its mounts."""
+        hosts, own = self.folder / f"hosts{self.index}", self.folder / f"ray{self.index}"
+        names = "".join(f"{self.network}.{i} node{i}\n" for i in range(1, 9))
         hosts.write_text(f"127.0.0.1 localhost\n{names}")
-        script = (
-            f"mount --bind {hosts} /etc/hosts; hostname node{self.index}; {before}; exec {shlex.join(words)}"
-        )
-        # `ip netns exec` gives a mount namespace of its own too.
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self.namespace,
-            "unshare",
-            "-u",
-            "sh",
-            "-c",
-            script.replace("; ;", ";"),
+        own.mkdir(exist_ok=True)
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        lines = [
+            f"mount --bind {hosts} /etc/hosts",
+            f"mount --bind {own} /tmp/ray",
+            f"hostname node{self.index}",
+            before,
+            f"exec {shlex.join(words)}",
         ]
+        # `ip netns exec` gives a mount namespace of its own too.
+        inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts"]
+        return [*inside, "sh", "-ec", "\n".join(lines)]
 
     def start(self, options: Mapping[str, object], environment: Mapping[str, str], before: str = "") -> None:
         words = [str(word) for option in {**PORTS, **options}.items() for word in option if word != ""]
@@ -109,37 +106,49 @@ class Host:
 
 @dataclass
 class Cluster:
-    """Hosts on one bridge, the first of which is Ray's head."""
+    """Hosts on one bridge, the first of which is Ray's head. network: the first three numbers of their addresses."""
 
+    network: str
     folder: Path
     environment: Mapping[str, str]
     hosts: list[Host] = field(default_factory=list)
 
+    @property
+    def bridge(self) -> str:
+        return f"medusa{self.network.rpartition('.')[2]}"
+
+    @property
+    def address(self) -> str:
+        return f"{self.network}.1:6399"
+
     def __enter__(self) -> "Cluster":
-        ip("link", "add", "medusabr", "type", "bridge")
-        ip("addr", "add", f"{NETWORK}.254/24", "dev", "medusabr")
-        ip("link", "set", "medusabr", "up")
+        ip("link", "add", self.bridge, "type", "bridge")
+        ip("addr", "add", f"{self.network}.254/24", "dev", self.bridge)
+        ip("link", "set", self.bridge, "up")
         return self
 
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
             host.kill()
         for host in self.hosts:
-            ip("link", "del", f"medusav{host.index}")  # the namespace itself lives as long as the last process
+            ip(
+                "link", "del", f"{self.bridge}v{host.index}"
+            )  # the namespace lives as long as its last process
             ip("netns", "del", host.namespace)
-        ip("link", "del", "medusabr")
+        ip("link", "del", self.bridge)
 
     def add(self, options: Mapping[str, object] = {}, before: str = "", **environment: str) -> Host:
         """A further host, whose Ray is waited for."""
-        host = Host(len(self.hosts) + 1, self.folder, self.environment)
+        host = Host(len(self.hosts) + 1, self.network, self.folder, self.environment)
         self.hosts.append(host)
         ip("netns", "add", host.namespace)
-        ip("link", "add", f"medusav{host.index}", "type", "veth", "peer", "eth0", "netns", host.namespace)
-        ip("link", "set", f"medusav{host.index}", "master", "medusabr", "up")
+        outside = f"{self.bridge}v{host.index}"
+        ip("link", "add", outside, "type", "veth", "peer", "eth0", "netns", host.namespace)
+        ip("link", "set", outside, "master", self.bridge, "up")
         ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
             ip("-n", host.namespace, "link", "set", device, "up")
-        role: dict[str, object] = {"--address": f"{NETWORK}.1:6399"}
+        role: dict[str, object] = {"--address": self.address}
         if host.index == 1:
             role = {"--head": "", "--port": 6399, "--dashboard-port": 8299}
         size = {"--num-cpus": 2, "--object-store-memory": 80 * 2**20}
@@ -150,10 +159,11 @@ class Cluster:
     def run(
         self, words: Sequence[str], timeout_s: float = 120, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """A driver on the head."""
+        """A driver on the head, in the folder."""
         return subprocess.run(
             self.hosts[0].command(words),
-            env=_merged(self.environment, {"RAY_ADDRESS": f"{NETWORK}.1:6399"}, environment),
+            env=_merged(self.environment, {"RAY_ADDRESS": self.address}, environment),
+            cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=timeout_s,

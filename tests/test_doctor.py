@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[Callable[[], Cluster | Needs], str, str, str]] = {
     "dead": (lambda: with_second(is_alive=False, death="killed"), "nodes", "fault", "is dead: killed"),
     "mute": (lambda: with_second(error="nothing within 20 s"), "nodes", "fault", "does not answer"),
     "late": (lambda: with_second(late=("reading x",)), "nodes", "fault", "hangs on reading x"),
-    "open": (lambda: replace(HEALTHY, asks_for_token=False), "authentication", "fault", "runs code here"),
+    "open": (lambda: replace(HEALTHY, asks_for_token=False), "authentication", "fault", "dashboard listens at *:8265"),
     "mode": (lambda: with_second(token_exposure="/t has mode 0644"), "token file", "fault", "/t has mode 0644"),
     "loopback": (lambda: with_second(collective=Collective("127.0.0.1", "x")), "network", "fault", "127.0.0.1"),
     "interface": (lambda: with_second(collective=Collective(None, "eth9")), "network", "fault", "by eth9"),
@@ -210,6 +210,18 @@ def test_a_missing_resource_is_no_fault_where_the_autoscaler_can_add_it() -> Non
 def test_a_node_that_an_autoscaler_took_away_is_not_missed() -> None:
     gone = with_second(is_alive=False, is_death_expected=True, death="idle")
     assert not [finding for finding in told(gone, Needs()) if finding.check == "nodes"]
+
+
+def test_a_node_behind_closed_ports_is_told_once() -> None:
+    """Nobody reaches it, and it reaches nobody, as where a firewall drops the answers too; the others are well."""
+    first, second, third = HEALTHY.nodes
+    cut = dict.fromkeys((first.name, third.name), "timed out")
+    nodes = (
+        replace(first, unreachable={second.name: "refused"}),
+        replace(second, unreachable=cut),
+        replace(third, unreachable={second.name: "refused"}),
+    )
+    assert [finding.node for finding in told(replace(HEALTHY, nodes=nodes))] == [second.name]
 
 
 def test_what_all_nodes_lack_is_told_once() -> None:

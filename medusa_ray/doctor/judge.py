@@ -152,23 +152,36 @@ def network(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
                 f"an address like {node.address}, which other nodes reach",
                 f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that has {node.address}", node.name,
             )  # fmt: skip
-    reasons = Counter(reason for node in answering for reason in node.unreachable.values())
-    for node in answering:
-        if node.unreachable:
-            found = True
-            names = ", ".join(list(node.unreachable)[:4]) + (
-                "" if len(node.unreachable) < 5 else " and others"
-            )
-            reason = next(
-                reason for reason, _ in reasons.most_common() if reason in node.unreachable.values()
-            )
-            yield Finding(
-                "network", "fault", f"cannot connect to {names} at a free port: {reason}",
-                "all TCP ports open between nodes: gloo, NCCL and Ray take whichever are free",
-                "open the ports of /proc/sys/net/ipv4/ip_local_port_range between the nodes", node.name,
-            )  # fmt: skip
+    for name, others in _cut_off(cluster).items():
+        found = True
+        listed = ", ".join(list(others)[:NAMED]) + ("" if len(others) <= NAMED else " and others")
+        reason = Counter(others.values()).most_common(1)[0][0]
+        yield Finding(
+            "network", "fault", f"no connection with {listed} at a free port: {reason}",
+            "all TCP ports open between nodes: gloo, NCCL and Ray take whichever are free",
+            "open the ports of /proc/sys/net/ipv4/ip_local_port_range between the nodes", name,
+        )  # fmt: skip
     if not found:
         yield Finding("network", "ok", "every node connects to every other one")
+
+
+def _cut_off(cluster: Cluster) -> dict[str, dict[str, str]]:
+    """Nodes that explain all connections that failed, and with which others theirs did, and why.
+
+    A firewall on one node fails those of all others with it: it is told, and they are not.
+    """
+    failed = {
+        (node.name, other): why for node in cluster.answering for other, why in node.unreachable.items()
+    }
+    found: dict[str, dict[str, str]] = {}
+    while failed:
+        # Of two nodes with as many failures, the one that could not connect comes first.
+        ends = Counter(end for pair in failed for end in pair)
+        worst = max(ends, key=lambda name: (ends[name], sum(a == name for a, _ in failed)))
+        of_it = {pair: why for pair, why in failed.items() if worst in pair}
+        found[worst] = {b if a == worst else a: why for (a, b), why in of_it.items()}
+        failed = {pair: why for pair, why in failed.items() if pair not in of_it}
+    return found
 
 
 def clocks(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
