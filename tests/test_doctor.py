@@ -394,6 +394,8 @@ def test_no_cluster_is_the_users_mistake_and_told_at_once() -> None:
         doctor.run(None, address=f"127.0.0.1:{port}", timeout_s=3)
     with pytest.raises(config.UserError, match="medusa-ray submit --address http://x:8265 -- doctor"):
         doctor.run(None, address="http://x:8265")
+    with pytest.raises(config.UserError, match="a Ray client's address"):
+        doctor.run(None, address="ray://x:10001")
 
 
 def test_an_address_that_takes_connections_and_answers_none_does_not_hang() -> None:

@@ -21,6 +21,8 @@ import yaml
 from moto.server import ThreadedMotoServer
 from namespaces import WHY_NOT, Cluster, ip
 
+from medusa_ray.doctor.console import show
+
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.ray,
@@ -219,6 +221,9 @@ def diagnoses(cluster: Cluster, place: Path, files: dict[str, Path]) -> dict[str
         found["dead"] = doctor(cluster)[1]
     finally:
         holder.kill()
+    for name, diagnosis in found.items():
+        print(f"\nmedusa-ray doctor {name}.yaml")
+        show(diagnosis)
     return found
 
 

@@ -95,6 +95,11 @@ def _address(address: str) -> str:
             f"{address} is where the jobs API listens; expected was an address of Ray, such as HOST:6379 or auto. From "
             f"outside the cluster: medusa-ray submit --address {address} -- doctor"
         )
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{address} is a Ray client's address, by which the nodes cannot be looked at; expected was HOST:6379 or "
+            "auto, on a machine of the cluster."
+        )
     return address
 
 

@@ -18,7 +18,7 @@ CALL = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # what every driver asks firs
 
 @dataclass(frozen=True)
 class Door:
-    """asks_for_token is None where that cannot be told: over TLS, or by a Ray client's address."""
+    """asks_for_token is None where that cannot be told, as over TLS."""
 
     address: str
     asks_for_token: bool | None
@@ -27,7 +27,7 @@ class Door:
 
 def knock(address: str, timeout_s: float) -> Door:
     """address: as RAY_ADDRESS. Raises UserError when nothing answers there."""
-    if "://" in address or os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return Door(address, None)
     try:
         address = canonicalize_bootstrap_address_or_die(address)

@@ -29,7 +29,7 @@ from medusa_ray.doctor.facts import (
 EXPECTED_DEATHS = {1, 4}  # DeathReason in Ray's gcs.proto: ended on purpose, or idle; 3 is preempted
 NUM_CLOCK_TRIPS = 8
 CONNECT_S = 3.0
-CALLS_AT_A_TIME = 8
+CALLS_AT_A_TIME = 32  # of one node, those that hang among them
 
 T = TypeVar("T")
 Answers = dict[str, Any]  # by node
@@ -78,24 +78,34 @@ class Probes:
             for name, node_id in nodes.items()
         }
 
-    def ask(self, what: str, method: str, *args: Any) -> Answers:
-        """By node, what this method of all probes tells; those that are late or fail are noted, as being at `what`."""
-        return self.answers(
-            what, {name: getattr(actor, method).remote(*args) for name, actor in self.actors.items()}
-        )
+    def ask(self, what: str, method: str, *args: Any, of: set[str] | None = None) -> Answers:
+        """By node, what this method of the probes tells, of all nodes or of those named."""
+        return self.ask_together({what: (method, *args)}, of)[what]
 
-    def answers(self, what: str, refs: dict[str, Any]) -> Answers:
-        ray.wait(list(refs.values()), num_returns=max(1, len(refs)), timeout=self.timeout_s) if refs else None
-        found: Answers = {}
-        for name, ref in refs.items():
+    def ask_together(
+        self, questions: dict[str, tuple[Any, ...]], of: set[str] | None = None
+    ) -> dict[str, Answers]:
+        """method and arguments by what they are about -> the answers to each, all within one timeout.
+
+        Those that are late or fail are noted.
+        """
+        refs = {
+            (what, name): getattr(actor, method).remote(*args)
+            for what, (method, *args) in questions.items()
+            for name, actor in self.actors.items()
+            if of is None or name in of
+        }
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=self.timeout_s)
+        found: dict[str, Answers] = {what: {} for what in questions}
+        for (what, name), ref in refs.items():
             try:
-                found[name] = ray.get(ref, timeout=0)
+                found[what][name] = ray.get(ref, timeout=0)
             except ray.exceptions.GetTimeoutError:
                 self.late.setdefault(name, []).append(what)
             except Exception as error:
-                self.failed.setdefault(name, []).append(
-                    f"{what}: {probe.told(getattr(error, 'cause', None) or error)}"
-                )
+                why = probe.told(getattr(error, "cause", None) or error)
+                self.failed.setdefault(name, []).append(f"{what}: {why}")
         return found
 
     def drop(self, names: set[str]) -> None:
@@ -107,7 +117,7 @@ class Probes:
 
 
 def cluster(needs: Needs, asks_for_token: bool | None, timeout_s: float) -> Cluster:
-    """What is known of the cluster that Ray is initialised on. Each of some five rounds takes `timeout_s` at most."""
+    """What is known of the cluster that Ray is initialised on. Each of some ten rounds takes `timeout_s` at most."""
     table = _names(ray.nodes())
     internals: Any = ray._private  # where Ray keeps what it tells nobody
     session = internals.worker._global_node.get_session_dir_path()
@@ -126,10 +136,10 @@ def cluster(needs: Needs, asks_for_token: bool | None, timeout_s: float) -> Clus
             "clock": _clocks(probes),
         }
         storage = _storage(probes, needs, uuid.uuid4().hex[:12])
-        inputs = {file: probes.ask(f"reading {file}", "size", file) for file in needs.inputs}
-        bases = {
-            base: probes.ask(f"the base {base}", "base", base, revision) for base, revision in needs.bases
-        }
+        files = probes.ask_together({f"reading {file}": ("size", file) for file in needs.inputs})
+        bases = probes.ask_together(
+            {f"the base {base}": ("base", base, revision) for base, revision in needs.bases}
+        )
     finally:
         probes.end()
     nodes = []
@@ -157,8 +167,16 @@ def cluster(needs: Needs, asks_for_token: bool | None, timeout_s: float) -> Clus
                 unreachable=asked["unreachable"].get(name, {}),
                 serve_port=asked["serve_port"].get(name),
                 storage={folder: found[name] for folder, found in storage.items() if name in found},
-                inputs={file: Input(*found[name]) for file, found in inputs.items() if name in found},
-                bases={base: Base(**found[name]) for base, found in bases.items() if name in found},
+                inputs={
+                    file: Input(*told[name])
+                    for file in needs.inputs
+                    if name in (told := files[f"reading {file}"])
+                },
+                bases={
+                    base: Base(**told[name])
+                    for base, _ in needs.bases
+                    if name in (told := bases[f"the base {base}"])
+                },
                 late=tuple(probes.late.get(name, ())),
                 failed=tuple(probes.failed.get(name, ())),
             )
@@ -202,8 +220,8 @@ def _described(node: Node, about: dict[str, Any]) -> Node:
 def _serve_port(probes: Probes, needs: Needs, is_head: dict[str, bool]) -> Answers:
     if needs.http is None:
         return {}
-    wanted = {n: a for n, a in probes.actors.items() if needs.proxies == "EveryNode" or is_head[n]}
-    return probes.answers("the port of Serve", {n: a.port.remote(*needs.http) for n, a in wanted.items()})
+    wanted = {name for name in is_head if needs.proxies == "EveryNode" or is_head[name]}
+    return probes.ask("the port of Serve", "port", *needs.http, of=wanted)
 
 
 def _unreachable(probes: Probes, about: Answers, alive: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -221,12 +239,14 @@ def _unreachable(probes: Probes, about: Answers, alive: dict[str, Any]) -> dict[
 def _clocks(probes: Probes) -> dict[str, Clock]:
     """By round trips, of which the shortest says most: the node's clock was read at some moment of it."""
     best: dict[str, Clock] = {}
+    deadline_s = time.monotonic() + probes.timeout_s
     for name, actor in probes.actors.items():
-        deadline_s = time.monotonic() + probes.timeout_s / 4
+        if name in probes.late:
+            continue
         for _ in range(NUM_CLOCK_TRIPS):
             before = time.time()
             try:
-                there = ray.get(actor.clock.remote(), timeout=max(0.1, deadline_s - time.monotonic()))
+                there = ray.get(actor.clock.remote(), timeout=min(2, max(0, deadline_s - time.monotonic())))
             except Exception:
                 break
             after = time.time()
