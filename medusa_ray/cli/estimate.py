@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.compute as pc
 
 from medusa_ray import parts, provenance, records
@@ -173,7 +174,9 @@ def count(run: RunConfig, num_rows: int | None) -> Amount | None:
     else:
         return None
     if not is_counted and run.distill.replies == "generate":
-        lengths = [(num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths] * run.distill.samples
+        lengths = [
+            (num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths
+        ] * run.distill.samples
     positions = [records.num_positions(*pair, run.data.loss_on) for pair in lengths]
     return Amount(sum(map(bool, positions)), sum(map(sum, lengths)), sum(positions), is_counted)
 
@@ -261,6 +264,11 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     path = Path(name) / file
     if path.exists():
         return path
+    if "://" in name:
+        try:
+            return Path(fsspec.open_local(f"filecache::{name}/{file}"))
+        except FileNotFoundError:
+            return None
     from huggingface_hub import hf_hub_download
 
     try:
