@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from medusa_ray.config import RunConfig
 
 STAGES = ("data", "distill", "hidden", "train", "evaluate")
-Layout = Literal[
-    "tgi", "vllm", "trtllm", "modelopt", "fasterdecoding"
-]  # medusa.layouts.Format, which imports torch
+Layout = Literal["tgi", "vllm", "trtllm", "modelopt", "fasterdecoding"]  # medusa.layouts.Format, which imports torch
 SENT_BY = "MEDUSA_RAY_SENT_BY"  # in a job: the version of medusa_ray that has sent it
 BaseSize = Literal["0.9m", "8m"]  # the names of demo.train_base.RECIPES, which takes seconds to import
 
@@ -135,9 +133,7 @@ def export_prompts(
     out: Annotated[str | None, typer.Option(help="Folder or URI; the run's export/ by default.")] = None,
     push: Annotated[
         str | None,
-        typer.Option(
-            metavar="OWNER/NAME", help="Put them into this data set of the hub, too: a private one."
-        ),
+        typer.Option(metavar="OWNER/NAME", help="Put them into this data set of the hub, too: a private one."),
     ] = None,
 ) -> None:
     """Prompt rows -> JSON lines of text and messages for load generators, the generation prompt included."""
@@ -383,7 +379,9 @@ def pull(
 def export(
     heads: Annotated[str, typer.Argument(help="Folder or URI of the heads.", show_default=False)],
     out: Annotated[str, typer.Argument(help="A new folder.", show_default=False)],
-    layout: Annotated[Layout, typer.Option("--format", help="Who is to load the heads.", show_default=False)],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="Who is to load the heads.", show_default=False)
+    ],
     base: Annotated[
         str | None, typer.Option(help="Where the base is found, if not where the heads were trained.")
     ] = None,
@@ -463,15 +461,13 @@ def submit(
     from medusa_ray.cli import jobs
 
     verb = jobs.Verb(words)
-    if working_dir is None and verb.reads_a_folder_here():
-        working_dir = "."
-    checked = verb.check(working_dir)
-    runtime_environment = jobs.environment(runtime_env, env or (), working_dir, send_code)
+    environment = jobs.environment(runtime_env, env or (), working_dir, send_code, verb.reads_here())
+    checked = verb.check(environment.get("working_dir"))
     client = jobs.connect(address)
     for what, uri in verb.outputs(checked):
         if jobs.is_local(uri) and (count := jobs.num_nodes(client)) > 1:
             print(f"medusa-ray: {what} is {uri}, which all {count} nodes must share.", file=sys.stderr)
-    sent = jobs.submit(client, verb, runtime_environment, job_id)
+    sent = jobs.submit(client, verb, environment, job_id)
     print(sent if detach else f"job {sent}", flush=True)
     if not detach:
         raise typer.Exit(jobs.follow(client, sent))

@@ -174,9 +174,7 @@ def count(run: RunConfig, num_rows: int | None) -> Amount | None:
     else:
         return None
     if not is_counted and run.distill.replies == "generate":
-        lengths = [
-            (num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths
-        ] * run.distill.samples
+        lengths = [(num_prompt, run.distill.max_new_tokens) for num_prompt, _ in lengths] * run.distill.samples
     positions = [records.num_positions(*pair, run.data.loss_on) for pair in lengths]
     return Amount(sum(map(bool, positions)), sum(map(sum, lengths)), sum(positions), is_counted)
 

@@ -70,13 +70,16 @@ class Verb:
         """The YAML file that the verb reads, and what it holds."""
         return next(((self.params[name], kind) for name, kind in FILES.items() if name in self.params), None)
 
-    def reads_a_folder_here(self) -> bool:
-        """Whether it needs the working folder: its file is one of it."""
-        return self.file is not None and is_relative(self.file[0])
+    def reads_here(self) -> bool:
+        """Whether it names a file or folder below the one that this command runs in."""
+        named = [
+            word for value in self.params.values() for word in (value if isinstance(value, list) else [value])
+        ]
+        return any(isinstance(word, str) and is_relative(word) and Path(word).exists() for word in named)
 
     def outputs(self, checked: config.Strict | None) -> Iterator[tuple[str, str]]:
         """What it writes to, by name: a folder, a file or a URI."""
-        if isinstance(checked, config.RunConfig | config.TrafficConfig) and self.words[0] != "export-prompts":
+        if isinstance(checked, config.RunConfig | config.TrafficConfig) and self.words[0] != "plan":
             yield "output", checked.output
         if self.params.get("out") is not None:
             yield "out", str(self.params["out"])
@@ -86,21 +89,25 @@ class Verb:
             yield "FOLDER", self.params["folder"]
 
     def check(self, working_dir: str | None) -> config.Strict | None:
-        """The checked values of its file, where the file is on this machine; it is found there as the job finds it.
+        """The checked values of its file, where this machine has it; a relative one is found as the job finds it.
 
         Raises UserError for what no cluster would take either, and for what would be lost with the job.
         """
         checked = None
-        if self.file is not None:
-            name, kind = self.file
-            found = str(Path(working_dir or ".") / name) if is_relative(name) else name
-            if is_relative(name) and not Path(found).is_file():
+        name, kind = self.file or ("", config.Strict)
+        folder = working_dir or "."
+        if name and is_relative(name):
+            if not is_local(folder):
+                name = ""  # in a package that only the cluster opens
+            elif not (Path(folder) / name).is_file():
                 raise UserError(
-                    f"{name} is not in {working_dir or 'the folder that you are in'}, which is what the job gets. Name "
-                    "a file of it, or a URI, or give its folder with --working-dir."
+                    f"{name} is not in {Path(folder).resolve()}, which the job starts in. Name a file that is there, "
+                    "or a URI, or give its folder with --working-dir."
                 )
-            if Path(found).is_file():  # a URI may be one that only the cluster reaches
-                checked = config.load(kind, found, self.params.get("overrides") or ())
+            else:
+                name = str(Path(folder) / name)
+        if name and Path(name).is_file():  # a URI may be one that only the cluster reaches
+            checked = config.load(kind, name, self.params.get("overrides") or ())
         for what, uri in self.outputs(checked):
             if is_relative(uri):
                 raise UserError(
@@ -122,19 +129,28 @@ def is_local(uri: str) -> bool:
 
 
 def environment(
-    runtime_env: str | None, variables: Sequence[str], working_dir: str | None, sends_code: bool
+    runtime_env: str | None,
+    variables: Sequence[str],
+    working_dir: str | None,
+    sends_code: bool,
+    reads_here: bool,
 ) -> dict[str, Any]:
     """Ray's runtime environment of the job.
 
     runtime_env: a file of YAML or JSON. variables: KEY=VALUE, or KEY for the value that it has here. sends_code: this
-    medusa_ray goes with the job, and is used there instead of the one installed. Raises UserError.
+    medusa_ray goes with the job, and is used there instead of the one installed. reads_here: the folder that this
+    command runs in is sent where nothing names another. Raises UserError.
     """
     raw = config.read(runtime_env) if runtime_env else {}
-    folders = {key: raw.pop(key) for key in ("working_dir", "py_modules") if key in raw}
-    found = config.parse(config.RuntimeEnv, raw, str(runtime_env)).model_dump(exclude_unset=True)
+    folders: dict[str, Any] = {key: raw.pop(key) for key in ("working_dir", "py_modules") if key in raw}
+    found: dict[str, Any] = config.parse(config.RuntimeEnv, raw, str(runtime_env)).model_dump(
+        exclude_unset=True
+    )
     found |= folders
     if working_dir is not None:
         found["working_dir"] = working_dir
+    elif reads_here:
+        found.setdefault("working_dir", ".")
     folder = found.get("working_dir")
     if folder is not None and "://" not in folder:
         if not Path(folder).exists():
@@ -191,8 +207,12 @@ def connect(address: str | None) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError, RpcError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (
+        "dashboard.modules.dashboard_sdk",
+        "dashboard.modules.job.sdk",
+        "_private.runtime_env",
+    ):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # uploads, and that .git stays behind
     try:
         return JobSubmissionClient(where)
     except AuthenticationError as error:
