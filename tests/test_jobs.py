@@ -118,6 +118,13 @@ def test_the_exit_code_is_the_jobs(status: str, code: int | None, expected: int)
     assert jobs.exit_code(job) == expected
 
 
+def test_a_cluster_without_the_package_is_told_from_a_failing_verb() -> None:
+    bare = subprocess.run([sys.executable, "-I", "-S", *COMMAND[1:]], capture_output=True, text=True, cwd="/")
+    job: Any = SimpleNamespace(status="FAILED", driver_exit_code=bare.returncode, message=bare.stderr)
+    with pytest.raises(UserError, match="the cluster has no medusa_ray"):
+        jobs.exit_code(job)
+
+
 def test_a_broken_connection_neither_loses_nor_repeats_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     log, cuts = "one\ntwo\nthree\nfour\n", [5, 9, 0, 99]
 
@@ -279,10 +286,13 @@ def eventually(holds: Callable[[], object], timeout_s: float = 60) -> None:
 def test_ctrl_c_leaves_a_job_running_that_can_be_followed_again(
     cluster: Cluster, slow: Slow, tmp_path: Path
 ) -> None:
-    command = [*COMMAND, "submit", "--job-id", "slow", "--", "validate", slow.url]
-    with subprocess.Popen(
-        command, env=cluster.client(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as following:
+    following = subprocess.Popen(
+        [*COMMAND, "submit", "--job-id", "slow", "--", "validate", slow.url],
+        env=cluster.client(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        # What a shell starts in the background ignores Ctrl-C, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with following:
         assert slow.is_asked.wait(60)
         following.send_signal(signal.SIGINT)
         out, err = following.communicate(timeout=30)
@@ -320,9 +330,6 @@ def test_the_working_directory_goes_along_and_so_may_the_code(cluster: Cluster, 
     assert list(
         cluster.folders[0].glob("session_*/runtime_resources/py_modules_files/*/medusa_ray/cli/jobs.py")
     )
-    (tmp_path / "medusa_ray").mkdir()
-    (tmp_path / "medusa_ray" / "__init__.py").touch()  # hides the cluster's
-    assert "the cluster has no medusa_ray" in one_message(cluster.run("submit", *verb))
 
 
 @pytest.mark.ray

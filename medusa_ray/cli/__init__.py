@@ -448,7 +448,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A variable; KEY alone sends its value here."),
     ] = None,
-    job_id: Annotated[str | None, typer.Option(metavar="ID", help="Ray chooses one by default.")] = None,
+    job_id: Annotated[str | None, typer.Option(metavar="ID", help="VERB and eight digits by default.")] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the job's id and leave it; else its log until its end.")
     ] = False,

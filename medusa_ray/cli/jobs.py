@@ -7,6 +7,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -43,6 +44,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 CONNECT_S = 5.0
 RECONNECT_S = 60.0
 NOT_HERE = ("submit", "jobs")
+ENTRYPOINT = "python -m medusa_ray.cli"
 
 
 # ------------------------------------------------------------------------------------------------- the verb
@@ -293,8 +295,8 @@ def submit(client: "JobSubmissionClient", verb: Verb, runtime_env: dict[str, Any
         raise _refused(str(error), runtime_env.get("working_dir"), job_id) from error
 
 
-def _refused(said: str, working_dir: str | None, job_id: str | None) -> UserError:
-    if "already exists" in said and job_id:
+def _refused(said: str, working_dir: str | None, job_id: str) -> UserError:
+    if "already exists" in said:
         return UserError(f"the cluster has a job {job_id} already. Choose another --job-id, or leave it out.")
     if "exceeds the maximum size" in said or "413" in said or "too large" in said.lower():
         large = ", ".join(
@@ -384,7 +386,7 @@ def exit_code(job: "JobDetails") -> int:
     if code is None:
         print(f"medusa-ray: the job {job.submission_id} failed: {job.message}", file=sys.stderr)
         return 1
-    if code and "No module named medusa_ray" in (job.message or ""):
+    if code and "No module named 'medusa_ray'" in (job.message or ""):
         raise UserError(
             "the cluster has no medusa_ray. Start it from an image that has (serve_configs/Containerfile), or submit "
             "with --send-code where only this package is missing."
@@ -412,7 +414,7 @@ def rows(client: "JobSubmissionClient") -> list[list[str]]:
             f"{datetime.fromtimestamp((job.start_time or 0) / 1000, UTC):%Y-%m-%d %H:%M:%S}",
             f"{((job.end_time or time.time() * 1000) - (job.start_time or 0)) / 1000:.0f}",
             "" if job.driver_exit_code is None else str(job.driver_exit_code),
-            job.entrypoint.removeprefix("python -m medusa_ray.cli "),
+            job.entrypoint.removeprefix(f"{ENTRYPOINT} "),
         ]
         for job in sorted(jobs, key=lambda job: job.start_time or 0)
     ]
