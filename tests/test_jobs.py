@@ -415,7 +415,21 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
     }  # fmt: skip
     env = [word for key, value in variables.items() for word in ("--env", f"{key}={value}")]
     for verb in (
+        ("plan", "s3://bucket/run.yaml"),
         ("run", "s3://bucket/run.yaml"),
+        ("export-prompts", "s3://bucket/run.yaml"),
+        ("export", "s3://bucket/run/heads", "s3://bucket/vllm", "--format", "vllm"),
+        ("import", "s3://bucket/vllm", "s3://bucket/imported"),
+        (
+            "profile",
+            "s3://bucket/base",
+            "--heads",
+            "s3://bucket/imported",
+            "--batch",
+            "1",
+            "--out",
+            "s3://bucket/p.json",
+        ),
         ("serve", "s3://bucket/serve.yaml"),
         ("bench", "s3://bucket/traffic.yaml"),
         ("report", "s3://bucket/run"),
@@ -425,6 +439,8 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
         print(f"\n{verb[0]}: {time.monotonic() - began_s:.1f} s")
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert TOKEN not in done.stdout + done.stderr
+    assert json.loads(storage.cat_file("bucket/p.json"))["heads"] == "s3://bucket/imported"
+    assert len(storage.cat_file("bucket/run/export/test.jsonl").splitlines()) == 12
     report = json.loads(storage.cat_file("bucket/run/report/report.json"))
     assert set(report["arms"]) == {"baseline", "medusa"}
     assert report["parity"]["token_exact"] == report["parity"]["prompts"]

@@ -209,11 +209,7 @@ def connect(address: str | None) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError, RpcError
     from ray.job_submission import JobSubmissionClient
 
-    for name in (
-        "dashboard.modules.dashboard_sdk",
-        "dashboard.modules.job.sdk",
-        "_private.runtime_env",
-    ):
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # uploads, and that .git stays behind
     try:
         return JobSubmissionClient(where)
@@ -286,9 +282,13 @@ def submit(client: "JobSubmissionClient", verb: Verb, runtime_env: dict[str, Any
     """Sends the verb, with its working directory, and returns the job's id."""
     from ray.exceptions import AuthenticationError
 
-    entrypoint = f"python -m medusa_ray.cli {shlex.join(verb.words)}"
+    job_id = job_id or f"{verb.words[0]}-{secrets.token_hex(4)}"
+    entrypoint = f"{ENTRYPOINT} {shlex.join(verb.words)}"
     try:
         return client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
+    except KeyboardInterrupt:
+        print(f"\nmedusa-ray: the job {job_id} may be sent; `medusa-ray jobs list` says.", file=sys.stderr)
+        raise
     except AuthenticationError as error:
         raise _not_let_in(client.get_address(), error) from error
     except (RuntimeError, ValueError, OSError) as error:
