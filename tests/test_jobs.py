@@ -323,13 +323,15 @@ def test_a_detached_job_is_its_id_and_can_be_listed_and_stopped(cluster: Cluster
 @pytest.mark.ray
 def test_the_working_directory_goes_along_and_so_may_the_code(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN | {"typo": 1}))
-    verb = ("--working-dir", str(tmp_path), "--", "validate", "run.yaml")
-    done = cluster.run("submit", "--send-code", *verb)
+    provenance.write_json(f"{tmp_path}/old/distilled/{parts.MARK}", {})
+    provenance.write_json(f"{tmp_path}/old/heads/tree.json", {})
+    done = cluster.run("submit", "--send-code", "--working-dir", str(tmp_path), "--", "validate", "run.yaml")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "run.yaml:\n  typo is not a key" in done.stdout
-    assert list(
-        cluster.folders[0].glob("session_*/runtime_resources/py_modules_files/*/medusa_ray/cli/jobs.py")
-    )
+    (sent,) = cluster.folders[0].glob("session_2*/runtime_resources")
+    assert list(sent.glob("py_modules_files/*/medusa_ray/cli/jobs.py"))
+    assert list(sent.glob("working_dir_files/*/old/heads/tree.json"))
+    assert not list(sent.glob("working_dir_files/*/old/distilled/*"))
 
 
 @pytest.mark.ray
@@ -409,6 +411,7 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
     }  # fmt: skip
     for name, values in files.items():
         storage.pipe_file(f"bucket/{name}.yaml", yaml.safe_dump(values).encode())
+    storage.get("bucket/serve.yaml", str(tmp_path / "serve.yaml"))
     variables = {
         "AWS_ENDPOINT_URL": bucket.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s",
         "AWS_DEFAULT_REGION": "us-east-1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
@@ -430,12 +433,13 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
             "--out",
             "s3://bucket/p.json",
         ),
-        ("serve", "s3://bucket/serve.yaml"),
+        ("serve", "serve.yaml"),
         ("bench", "s3://bucket/traffic.yaml"),
         ("report", "s3://bucket/run"),
     ):
         began_s = time.monotonic()
-        done = cluster.run("submit", *env, "--", *verb, cwd=tmp_path)
+        options = ("--send-code",) if verb[0] == "serve" else ()
+        done = cluster.run("submit", *env, *options, "--", *verb, cwd=tmp_path)
         print(f"\n{verb[0]}: {time.monotonic() - began_s:.1f} s")
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert TOKEN not in done.stdout + done.stderr

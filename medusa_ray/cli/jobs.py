@@ -4,7 +4,6 @@ Whatever is wrong with the verb is said here, before anything is sent, as far as
 """
 
 import asyncio
-import importlib.metadata
 import logging
 import os
 import secrets
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 import typer
 
 import medusa_ray
-from medusa_ray import config, parts
+from medusa_ray import config, parts, provenance
 from medusa_ray.cli import SENT_BY, app
 from medusa_ray.config import UserError
 
@@ -170,8 +169,8 @@ def environment(
         given[key] = value if equals else os.environ[key]
     if sends_code:
         found["py_modules"] = [*(found.get("py_modules") or []), str(Path(medusa_ray.__file__).parent)]
-    else:
-        given[SENT_BY] = importlib.metadata.version("medusa_ray")
+    elif version := provenance.versions().get("medusa_ray"):
+        given[SENT_BY] = version
     return found | {"env_vars": given}
 
 
@@ -183,8 +182,8 @@ def artifacts_in(folder: Path) -> list[str]:
 
 def check_sender() -> None:
     """In a job: raises UserError where another version of medusa_ray has sent it."""
-    sent_by = os.environ.get(SENT_BY)
-    if sent_by and sent_by != (here := importlib.metadata.version("medusa_ray")):
+    sent_by, here = os.environ[SENT_BY], provenance.versions().get("medusa_ray")
+    if here and here != sent_by:
         raise UserError(
             f"the job was sent by medusa_ray {sent_by}, but the cluster has {here}. Install the same on both, or "
             "submit with --send-code."
@@ -298,7 +297,7 @@ def submit(client: "JobSubmissionClient", verb: Verb, runtime_env: dict[str, Any
 def _refused(said: str, working_dir: str | None, job_id: str) -> UserError:
     if "already exists" in said:
         return UserError(f"the cluster has a job {job_id} already. Choose another --job-id, or leave it out.")
-    if "exceeds the maximum size" in said or "413" in said or "too large" in said.lower():
+    if "exceeds the maximum size" in said or "status code 413" in said:
         large = ", ".join(
             f"{name} ({size / 2**20:.0f} MiB)" for name, size in largest_in(Path(working_dir or "."))
         )
