@@ -358,7 +358,10 @@ def test_an_address_without_a_scheme_is_the_dashboard(cluster: Cluster) -> None:
 def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
     cluster: Cluster, bucket: Bucket, tiny_base: Path, tmp_path: Path
 ) -> None:
-    """Base, files, rows, heads and report: all of it is in the bucket, and none of the run on a node's disk."""
+    """Base, files, rows, heads and report: all of it is in the bucket, and none of the run on a node's disk.
+
+    A training that is stopped afterwards leaves its last step there, too.
+    """
     storage = filesystem_of(bucket)
     storage.mkdir("bucket")
     storage.put(str(tiny_base), "bucket/base", recursive=True)
@@ -457,3 +460,16 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
         and (file.suffix in (".parquet", ".safetensors", ".html") or file.name == provenance.FILE)
     ]
     assert left == []
+
+    for folder in ("distilled", "hidden"):
+        storage.copy(f"bucket/run/{folder}", f"bucket/long/{folder}", recursive=True)
+    words = ("train", "s3://bucket/run.yaml", "output=s3://bucket/long", "train.epochs=100000")
+    assert (
+        cluster.run("submit", "--detach", "--job-id", "long", *env, "--", *words, cwd=tmp_path).returncode
+        == 0
+    )
+    eventually(lambda: storage.invalidate_cache() or storage.exists("bucket/long/heads/training.jsonl"), 120)
+    assert storage.glob("bucket/long/training/step_*") == []
+    assert cluster.run("jobs", "stop", "long").stdout == "long: STOPPED\n"
+    storage.invalidate_cache()
+    assert storage.glob("bucket/long/training/step_*/manifest.json")

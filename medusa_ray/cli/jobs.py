@@ -242,7 +242,7 @@ def _found_at(where: str) -> str:
 
 
 def _no_cluster(where: str | None, error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
     return UserError(
         f"no Ray cluster takes jobs at {where or 'this machine'}: {reason}. Give its dashboard with --address "
         "http://HEAD:8265 or RAY_API_SERVER_ADDRESS; `kubectl port-forward` brings one out of Kubernetes."
