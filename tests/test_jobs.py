@@ -420,7 +420,7 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
         "AWS_DEFAULT_REGION": "us-east-1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     env = [word for key, value in variables.items() for word in ("--env", f"{key}={value}")]
-    for verb in (
+    verbs = (
         ("plan", "s3://bucket/run.yaml"),
         ("run", "s3://bucket/run.yaml"),
         ("export-prompts", "s3://bucket/run.yaml"),
@@ -430,7 +430,8 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
         ("serve", "serve.yaml"),
         ("bench", "s3://bucket/traffic.yaml"),
         ("report", "s3://bucket/run"),
-    ):
+    )  # fmt: skip
+    for verb in verbs:
         began_s = time.monotonic()
         options = ("--send-code",) if verb[0] == "serve" else ()
         done = cluster.run("submit", *env, *options, "--", *verb, cwd=tmp_path)
