@@ -146,6 +146,37 @@ def test_a_broken_connection_neither_loses_nor_repeats_a_line(capsys: pytest.Cap
     assert capsys.readouterr().out == log
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_connection_may_break_after_a_long_silence_but_not_for_long(
+    is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.5)
+    num_tries = 0
+
+    class Client:
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            nonlocal num_tries
+            num_tries += 1
+            if num_tries == 1:
+                await asyncio.sleep(0.6)
+            if num_tries == 1 or is_lost:
+                raise OSError("connection reset")
+            yield "done"
+
+        def get_job_info(self, job_id: str) -> None: ...
+
+        def get_job_status(self, job_id: str) -> str:
+            return "SUCCEEDED"
+
+    client: Any = Client()
+    if is_lost:
+        with pytest.raises(ConnectionError, match="connection reset"):
+            asyncio.run(jobs._relay(client, "it"))
+    else:
+        asyncio.run(jobs._relay(client, "it"))
+    assert num_tries == 2
+
+
 # ------------------------------------------------------------------------------------------------ two nodes
 
 
@@ -298,7 +329,7 @@ def test_ctrl_c_leaves_a_job_running_that_can_be_followed_again(
         out, err = following.communicate(timeout=30)
     assert following.returncode == 130
     assert out.startswith("job slow\n")
-    assert "the job slow goes on. `medusa-ray jobs follow slow` follows it again" in err
+    assert f"`medusa-ray jobs follow slow --address {cluster.dashboard}` follows it again" in err
     assert "Traceback" not in err
     again = cluster.run("submit", "--job-id", "slow", "--", "validate", slow.url)
     assert "the cluster has a job slow already" in one_message(again)
@@ -341,6 +372,13 @@ def test_without_the_token_a_command_is_told_so(cluster: Cluster, token: str) ->
     message = one_message(done)
     assert "does not let this command in" in message
     assert TOKEN not in message
+
+
+@pytest.mark.ray
+def test_a_folder_that_nodes_may_not_share_is_noted(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("submit", "--", "report", str(tmp_path))
+    assert done.returncode == 2  # there is nothing in it
+    assert f"note: the folder of the run is {tmp_path}, which all nodes must share" in done.stderr
 
 
 @pytest.mark.ray

@@ -465,8 +465,8 @@ def submit(
     checked = verb.check(environment.get("working_dir"))
     client = jobs.connect(address)
     for what, uri in verb.outputs(checked):
-        if jobs.is_local(uri) and (count := jobs.num_nodes(client)) > 1:
-            print(f"medusa-ray: {what} is {uri}, which all {count} nodes must share.", file=sys.stderr)
+        if jobs.is_local(uri) and jobs.has_several_nodes(client):
+            print(f"medusa-ray: note: {what} is {uri}, which all nodes must share.", file=sys.stderr)
     sent = jobs.submit(client, verb, environment, job_id)
     print(sent if detach else f"job {sent}", flush=True)
     if not detach:

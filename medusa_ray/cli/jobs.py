@@ -259,14 +259,15 @@ def _not_let_in(where: str | None, error: Exception) -> UserError:
 
 @contextmanager
 def told(client: "JobSubmissionClient") -> Iterator[None]:
-    """What the job server refuses is the user's to mend."""
+    """What the cluster refuses is the user's to mend."""
     from ray.exceptions import AuthenticationError
+    from ray.util.state.exception import RayStateApiException
 
     try:
         yield
     except AuthenticationError as error:
         raise _not_let_in(client.get_address(), error) from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, RayStateApiException) as error:
         # Ray puts the server's traceback into its message; the last line says what is wrong.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
@@ -323,28 +324,28 @@ def largest_in(folder: Path, count: int = 3) -> list[tuple[str, int]]:
     return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
-def num_nodes(client: "JobSubmissionClient") -> int:
+def has_several_nodes(client: "JobSubmissionClient") -> bool:
     from ray.util.state import list_nodes
 
     with told(client):
-        return sum(node.state == "ALIVE" for node in list_nodes(client.get_address()))
+        return sum(node.state == "ALIVE" for node in list_nodes(client.get_address())) > 1
 
 
 def follow(client: "JobSubmissionClient", job_id: str) -> int:
     """Prints the job's log until its end and returns its exit code. Ctrl-C ends the following, not the job."""
-    again = f"medusa-ray jobs follow {job_id}"
+    rest = f"{job_id} --address {client.get_address()}"
     try:
         asyncio.run(_relay(client, job_id))
     except KeyboardInterrupt:
         print(
-            f"\nmedusa-ray: the job {job_id} goes on. `{again}` follows it again, `medusa-ray jobs stop {job_id}` "
-            "stops it.",
+            f"\nmedusa-ray: the job {job_id} goes on. `medusa-ray jobs follow {rest}` follows it again, `medusa-ray "
+            f"jobs stop {rest}` stops it.",
             file=sys.stderr,
         )
         return 128 + signal.SIGINT
     except ConnectionError as error:
         print(
-            f"medusa-ray: the cluster does not answer: {error}. `{again}` follows the job again.",
+            f"medusa-ray: the cluster does not answer: {error}. `medusa-ray jobs follow {rest}` follows the job again.",
             file=sys.stderr,
         )
         return 1
@@ -356,22 +357,24 @@ async def _relay(client: "JobSubmissionClient", job_id: str) -> None:
     """The log as it grows, once, though connections may break. Raises ConnectionError after RECONNECT_S without one."""
     from aiohttp import ClientError
 
-    shown, lost_s = 0, time.monotonic()
+    shown, lost_s = 0, None
     with told(client):
         client.get_job_info(job_id)
     while True:
+        began_s, position = time.monotonic(), 0
         try:
-            position = 0
             async for text in client.tail_job_logs(job_id):
                 position += len(text)
                 if position > shown:
                     print(text[len(text) - min(len(text), position - shown) :], end="", flush=True)
                     shown = position
-                lost_s = time.monotonic()
             if client.get_job_status(job_id) in ENDED:
                 return
         except (ClientError, RuntimeError, OSError) as error:
-            if time.monotonic() - lost_s > RECONNECT_S:
+            now_s = time.monotonic()
+            if lost_s is None or now_s - began_s > RECONNECT_S:  # it was there until now
+                lost_s = now_s
+            if now_s - lost_s > RECONNECT_S:
                 raise ConnectionError(str(error)) from error
         await asyncio.sleep(1)
 
