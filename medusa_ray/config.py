@@ -1195,7 +1195,7 @@ def read(uri: str | Path) -> dict[str, Any]:
     try:
         with fsspec.open(str(uri), "r", encoding="utf-8") as file:
             text = file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every filesystem has errors of its own
         raise UserError(f"{uri} cannot be read: {error}. Give the path of a YAML file.") from error
     return _mapping(text, str(uri))
 

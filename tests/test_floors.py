@@ -79,7 +79,7 @@ LIBRARIES = {
         "starlette",
         "tensorboard",
     },
-    DOOR: {"rich", "typer"},
+    DOOR: {"aiohttp", "rich", "typer"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.compute as pc
 
 from medusa_ray import parts, provenance, records
@@ -261,6 +262,11 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     path = Path(name) / file
     if path.exists():
         return path
+    if "://" in name:
+        try:
+            return Path(fsspec.open_local(f"filecache::{name}/{file}"))
+        except FileNotFoundError:
+            return None
     from huggingface_hub import hf_hub_download
 
     try:

@@ -425,12 +425,12 @@ def adapted(base: Any, joint: JointConfig, name: str, revision: str | None) -> A
 
 def check(config: RunConfig) -> None:
     """Raises UserError for a base or for joint.targets that cannot be trained, no weight being loaded for that."""
-    from medusa_ray.medusa.base import under_adapter
+    from medusa_ray.medusa.base import fetched, under_adapter
     from medusa_ray.medusa.states import has_plain_logits
 
     assert config.joint is not None
     base, revision = config.model.base, config.model.revision
-    if under_adapter(base, revision)[0] != base:
+    if under_adapter(fetched(base), revision)[0] != fetched(base):
         raise UserError(
             f"model.base is {base}, an adapter, and joint training would put another one on top. Merge it, save the "
             "model, and set model.base to that folder."
