@@ -60,7 +60,7 @@ FLOORS = {
         *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
     STAGES: {*STAGE_MODULES, "shards"},
-    DOOR: {"cli", "demo"},
+    DOOR: {"cli", "demo", "doctor"},
 }
 # The floor where each library first appears.
 LIBRARIES = {

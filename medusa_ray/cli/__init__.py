@@ -313,6 +313,35 @@ def profile(
     print(f"mode {found['mode']}, {threads} thread(s), {dtype}")
 
 
+@app.command(context_settings=LENIENT)
+def doctor(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN.YAML | SERVE.YAML]", help="What it is to be fit for.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of Ray; RAY_ADDRESS or a cluster on this machine by default.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a node has for each answer.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="All that was found, for machines.")] = False,
+) -> None:
+    """Is this cluster fit for a run or a deployment? Ends with 0 if so, with 1 where there are faults."""
+    from medusa_ray import doctor as stage
+
+    found = stage.run(file, tuple(overrides or ()), address, timeout)
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=1))
+    else:
+        from medusa_ray.doctor import console
+
+        console.show(found)
+    if not found["is_fit"]:
+        raise typer.Exit(1)
+
+
 @app.command()
 def push(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of heads.", show_default=False)],
