@@ -58,7 +58,7 @@ FLOORS = {
         ),
         *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
-    STAGES: {*STAGE_MODULES, "shards"},
+    STAGES: {*STAGE_MODULES, "interfaces", "shards"},
     DOOR: {"cli", "demo"},
 }
 # The floor where each library first appears.

@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from medusa_ray import parts, provenance, shards
@@ -27,6 +27,7 @@ from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import deepspeed_config
 from medusa_ray.train.journal import CURVE, check_trackers, line, read_curve
+from medusa_ray.train.meeting import Meeting
 from medusa_ray.train.order import Ints
 from medusa_ray.train.worker import STOP, STOPPED, Job, worker
 
@@ -204,10 +205,7 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     # Nothing here is compiled, but DeepSpeed would import the compiler: a second of every worker's start.
     environment = {"DS_ACCELERATOR": job.device, "TORCHDYNAMO_DISABLE": "1"}
-    addresses = [node["NodeManagerAddress"] for node in ray.nodes()]
-    if addresses == ["127.0.0.1"]:
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the host's name, which need not resolve
-    if len(addresses) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
+    if len(ray.nodes()) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     api: Any = ray.train  # its stubs are those of Train V1, which knows fewer arguments
     loop: Any = worker
@@ -218,7 +216,7 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
             "output_layer": ray.put(output_layer_VC),
             "counts": ray.put(counts),
         },
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=Meeting(backend="nccl" if on_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
             num_workers=num_workers,
             use_gpu=on_gpu,
