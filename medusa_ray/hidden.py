@@ -47,7 +47,14 @@ def run(config: RunConfig) -> str:
         make_worker = functools.partial(
             Computer, config, shards.base_of(config.model), device, distilled, hidden
         )
-        resources = shards.actors(config.hidden.num_actors, len(refs), device)
+        resources = shards.actors(
+            config.hidden.num_actors,
+            len(refs),
+            device,
+            config.hidden.gpus_per_actor if device == "cuda" else 1,
+            accelerator_type=config.hidden.accelerator_type,
+            section="hidden",
+        )
         for _ in shards.run("hidden", refs, make_worker, **resources):
             pass
     provenance.write(hidden, settings, inputs, **facts)

@@ -80,7 +80,7 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
 
 def identity(config: RunConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings and inputs that the rows depend on."""
-    free: Any = {"num_actors": True, "gpus_per_actor": True, "batch_size": True}
+    free: Any = {"num_actors": True, "gpus_per_actor": True, "accelerator_type": True, "batch_size": True}
     free["server"] = {"url", "api_key_env", "concurrency", "timeout_s", "retries"}
     settings = {
         "model": config.model.model_dump(include={"revision", "dtype", "quantization"}),
@@ -182,6 +182,7 @@ def _workers(
         settings.gpus_per_actor if device == "cuda" else 1,
         at_a_time=shards_at_a_time(settings, num_rows),
         retries=attempts.MOST_STARTS,
+        accelerator_type=settings.accelerator_type,
     )
 
 

@@ -58,7 +58,14 @@ def from_base(distilled: str, base: str, device: str, streamed: Streamed) -> Sou
         make_worker = functools.partial(Streamer, distilled, *asked)
         shares = list(wanted)
         refs = [shards.put({"part": name, "rows": row_R.tolist()}) for name, row_R in shares]
-        resources = shards.actors(streamed.room.num_actors, len(refs), device, streamed.room.actor)
+        resources = shards.actors(
+            streamed.room.num_actors,
+            len(refs),
+            device,
+            streamed.room.actor,
+            accelerator_type=streamed.hidden.accelerator_type,
+            section="hidden",
+        )
         yield from shards.tables(refs, [len(row_R) for _, row_R in shares], make_worker, **resources)
 
     return stream
