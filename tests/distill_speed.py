@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -109,6 +110,9 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
     (first_s, first_rows, first_tokens), (last_s, *_) = times[0], times[-1]
     rows, tokens = sum(time[1] for time in times), sum(time[2] for time in times)
     steady_s = last_s - first_s
+    # While all actors work: the first have loaded before the last, and end before it.
+    middle = slice(2 * len(times) // 5, 9 * len(times) // 10)
+    done = np.cumsum([time[1] for time in times])
     record = provenance.read(config.artifact("distilled"))
     assert record is not None
     return {
@@ -117,6 +121,7 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - started_s,
         "first_part_s": first_s - started_s,
         "rows_per_s": (rows - first_rows) / steady_s,
+        "middle_rows_per_s": np.polyfit([time[0] for time in times[middle]], done[middle], 1)[0],
         "tokens_per_s": (tokens - first_tokens) / steady_s,
         "tokens_per_actor_s": record["num_reply_tokens"] / record["actor_seconds"],  # loaded to last part
         "occupancy": record["occupancy"],

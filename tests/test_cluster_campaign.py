@@ -6,25 +6,25 @@ takes eight minutes on two quiet cores, and prints what it measured. tests/test_
 tests/test_serve_campaign.py kill nodes under the other stages.
 """
 
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
+import yaml
 from ray.cluster_utils import Cluster
 from test_distill_campaign import NODE, kill_node
 from test_train import curve_of, what_is_learnt, write_run
 
-from medusa_ray import provenance, train
 from medusa_ray.config import RunConfig
 from medusa_ray.medusa.heads import WEIGHTS
+from medusa_ray.train import checkpoints
 
 pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(1800)]
-NUM_ROWS = 1600  # of 10 positions each
-SETTINGS = {"batch_size": 4, "logging_steps": 1, "save_steps": 200, "max_failures": 20, "placement": "spread"}
+NUM_ROWS = 800  # of 10 positions each
+SETTINGS = {"batch_size": 4, "logging_steps": 10, "save_steps": 200, "max_failures": 20, "placement": "spread"}
 
 
 @pytest.fixture
@@ -37,9 +37,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     )
     for _ in range(2):
         cluster.add_node(**NODE)
-    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
-    ray.shutdown()
     cluster.shutdown()
 
 
@@ -48,18 +47,25 @@ def step_of(config: RunConfig) -> int:
     return curve[-1]["step"] if curve else 0
 
 
-def meanwhile(events: list[tuple[int, Callable[[], Any]]], config: RunConfig) -> threading.Thread:
-    """What happens once the run has come to a step."""
+def start(config: RunConfig) -> subprocess.Popen[bytes]:
+    """The command, which looks every 5 s whether there is room for more workers."""
+    file = Path(config.output, "run.yaml")
+    file.write_text(yaml.safe_dump(config.model_dump()))
+    command = "from medusa_ray import cli, train; train.RESIZE_S = 5; cli.main()"
+    return subprocess.Popen([sys.executable, "-c", command, "train", str(file)], stderr=subprocess.DEVNULL)
 
-    def wait() -> None:
-        for step, happen in events:
-            while step_of(config) < step:
-                time.sleep(0.1)
-            happen()
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+def wait_for(step: int, config: RunConfig, driver: subprocess.Popen[bytes]) -> None:
+    while step_of(config) < step:
+        assert driver.poll() is None, f"the run ended with {driver.returncode} at step {step_of(config)}"
+        time.sleep(0.1)
+
+
+def pause_of(config: RunConfig, driver: subprocess.Popen[bytes]) -> float:
+    """Seconds until the run has come further than it is."""
+    began_s = time.monotonic()
+    wait_for(step_of(config) + 1, config, driver)
+    return time.monotonic() - began_s
 
 
 def test_a_node_that_is_replaced_leaves_the_heads_as_they_were(cluster: Cluster, tmp_path: Path) -> None:
@@ -67,61 +73,50 @@ def test_a_node_that_is_replaced_leaves_the_heads_as_they_were(cluster: Cluster,
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     whole, killed = (
-        write_run(tmp_path / name, num_rows=NUM_ROWS, epochs=4, **SETTINGS) for name in ("whole", "killed")
+        write_run(tmp_path / name, num_rows=NUM_ROWS, epochs=3, **SETTINGS) for name in ("whole", "killed")
     )
-    began_s = time.monotonic()
-    train.run(whole)
-    whole_s = time.monotonic() - began_s
-
-    def replace() -> None:
+    assert start(whole).wait() == 0
+    driver = start(killed)
+    for step in (500, 1800):
+        wait_for(step, killed, driver)
         kill_node(cluster)
-        time.sleep(5)
         cluster.add_node(**NODE)
-
-    events = meanwhile([(700, replace), (4000, replace)], killed)
-    began_s = time.monotonic()
-    train.run(killed)
-    print(f"\n2 nodes replaced: {time.monotonic() - began_s:.0f} s, and {whole_s:.0f} s without")
-    assert not events.is_alive()
+        print(f"\nreplaced after step {step}: {pause_of(killed, driver):.0f} s to the next new one")
+    assert driver.wait() == 0
     assert what_is_learnt(killed) == what_is_learnt(whole)
     weights = [Path(run.artifact("heads"), WEIGHTS).read_bytes() for run in (whole, killed)]
     assert weights[0] == weights[1]
 
 
 def test_training_goes_on_with_the_nodes_that_are_left_and_those_that_join(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     """A step takes as many positions whatever the number of workers, and each position of an epoch once: so the run
     has the steps of an undisturbed one, but for one more where a plan was cut."""
-    monkeypatch.setattr(train, "RESIZE_S", 5.0)
-    config = write_run(tmp_path, num_rows=NUM_ROWS, num_workers="1-2", epochs=24, **SETTINGS)
-    sizes: dict[int, int] = {}  # workers by the step at which they were seen
-
-    def watch() -> None:
-        while (step := step_of(config)) < 24 * 2000 - 10:
-            alive = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-            sizes[step] = len(alive)
-            time.sleep(0.5)
-
-    threading.Thread(target=watch, daemon=True).start()
-    moments: list[float] = []
-
-    def lose() -> None:
-        moments.append(time.monotonic())
-        kill_node(cluster)
-
-    def join() -> None:
-        moments.append(time.monotonic())
-        cluster.add_node(**NODE)
-
-    events = meanwhile([(700, lose), (3000, join)], config)
-    train.run(config)
-    assert not events.is_alive()
+    num_epochs, steps_per_epoch = 10, NUM_ROWS * 10 // 8
+    config = write_run(tmp_path, num_rows=NUM_ROWS, num_workers="1-2", epochs=num_epochs, **SETTINGS)
+    driver = start(config)
+    wait_for(500, config, driver)
+    assert workers_of(config) == 2
+    kill_node(cluster)
+    print(f"\na node lost: {pause_of(config, driver):.0f} s to the next new step")
+    wait_for(step_of(config) + 500, config, driver)
+    assert workers_of(config) == 1
+    cluster.add_node(**NODE)
+    began_s = time.monotonic()
+    while workers_of(config) == 1:
+        assert driver.poll() is None, "the run has ended on one node"
+        time.sleep(0.5)
+    print(f"a node joined: {time.monotonic() - began_s:.0f} s to the first checkpoint with it")
+    assert driver.wait() == 0
     curve = curve_of(config)
-    assert [line["step"] for line in curve] == list(range(1, curve[-1]["step"] + 1))
-    assert curve[-1]["epoch"] == 24
-    assert 24 * 2000 <= curve[-1]["step"] <= 24 * 2000 + 2
-    record = provenance.read(config.artifact("heads"))
-    assert record is not None
-    assert record["num_positions"] == NUM_ROWS * 10
+    assert [line["step"] for line in curve[:-1]] == list(range(10, curve[-1]["step"], 10))
+    assert curve[-1]["epoch"] == num_epochs
+    assert num_epochs * steps_per_epoch <= curve[-1]["step"] <= num_epochs * steps_per_epoch + 2
     assert curve[-1]["top1"] == [1.0, 1.0, 1.0]
+
+
+def workers_of(config: RunConfig) -> int:
+    """Of the newest checkpoint."""
+    newest = checkpoints.newest(config.artifact("training"))
+    return newest.state["plan"]["num_workers"] if newest else 0

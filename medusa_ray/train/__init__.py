@@ -34,6 +34,9 @@ from medusa_ray.train.worker import STOP, STOPPED, Job, worker
 LOG = logging.getLogger("medusa_ray")
 # How often Ray Train's controller looks at its workers; its own 2 s would be lost at every start and end.
 POLL_S = "0.2"
+# How long it waits for room, each wait counting as a failure: its own 60 s are too few for a node to take the place of
+# one that was lost. A range of workers keeps these, after which Ray has noticed that the node is gone.
+NODE_S = "300"
 RESIZE_S = 60.0  # between two looks whether a wider cluster has room for more workers
 RUN = "run.json"  # in training/: the config and inputs of its checkpoints, and whether the run is over
 # What may be another when a run goes on: none of it changes what the heads learn, but for the order of the rows.
@@ -208,6 +211,8 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
             resource.lower(), there, most, share, most * num_actors, actor_share,
         )  # fmt: skip
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    if least == most:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", NODE_S)
     # Nothing here is compiled, but DeepSpeed would import the compiler: a second of every worker's start.
     environment = {"DS_ACCELERATOR": job.device, "TORCHDYNAMO_DISABLE": "1"}
     if len(ray.nodes()) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
