@@ -17,6 +17,7 @@ from medusa_ray.config import UserError
 
 MARK = "_parts.json"  # which config and inputs the parts in a folder come from
 FOREIGN = ("botocore", "aiohttp", "gcsfs", "azure")  # packages of storage whose errors are their own
+MOST = 999_999  # whose names sort as their rows do
 ATTEMPT = ".attempt"  # what a worker announced that has not written its part
 
 
@@ -46,7 +47,7 @@ def absolute(uri: str) -> str:
 
 
 def part_name(index: int) -> str:
-    """Names sort as their rows do."""
+    """Names of up to MOST parts sort as their rows do."""
     return f"part-{index:06}"
 
 

@@ -32,6 +32,7 @@ MOST_ROWS = (
     512  # of a part, where the config leaves it open: minutes of an actor's work, and files worth opening
 )
 LEAST_PARTS = 64  # so that actors end together where there are few rows
+MOST_PARTS = 250_000  # each costs the driver memory; in a billion rows they are larger
 PARTS_PER_PROCESS = 64  # of replies that only have to be copied
 
 
@@ -56,6 +57,11 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
     done = begin(config, distilled, captured, settings, inputs)
     num_rows = rows_per_part(config, prompts)
     all_shards = list(plan(f"{prompts}/train", max(1, num_rows // config.distill.samples)))
+    if len(all_shards) > parts.MOST:
+        raise UserError(
+            f"distill.rows_per_part is {num_rows}, which makes {len(all_shards):,} files; expected {parts.MOST:,} at "
+            "most. Raise it, or leave it out."
+        )
     refs = [shards.put(shard) for shard in all_shards if shard["part"] not in done]
     if refs:
         _refuse_twins(f"{prompts}/train")
@@ -123,7 +129,7 @@ def rows_per_part(config: RunConfig, prompts: str) -> int:
         return config.distill.rows_per_part
     folder = f"{prompts}/train"
     num_rows = config.distill.samples * sum(parts.num_rows(folder, name) for name in parts.names(folder))
-    return min(MOST_ROWS, -(-num_rows // LEAST_PARTS)) or 1
+    return max(min(MOST_ROWS, -(-num_rows // LEAST_PARTS)), -(-num_rows // MOST_PARTS)) or 1
 
 
 def plan(prompts: str, most_rows: int) -> Iterator[shards.Shard]:
