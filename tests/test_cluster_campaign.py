@@ -13,18 +13,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.cluster_utils import Cluster
 from test_distill_campaign import NODE, kill_node
-from test_train import curve_of, what_is_learnt, write_run
+from test_train import changed, curve_of, what_is_learnt, write_run
 
-from medusa_ray.config import RunConfig
+from medusa_ray import shards, train
+from medusa_ray.config import RunConfig, UserError
 from medusa_ray.medusa.heads import WEIGHTS
 from medusa_ray.train import checkpoints
 
 pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(1800)]
 NUM_ROWS = 800  # of 10 positions each
-SETTINGS = {"batch_size": 4, "logging_steps": 10, "save_steps": 200, "max_failures": 20, "placement": "spread"}
+SETTINGS = {
+    "batch_size": 4,
+    "logging_steps": 10,
+    "save_steps": 200,
+    "max_failures": 20,
+    "placement": "spread",
+}
 
 
 @pytest.fixture
@@ -120,3 +128,20 @@ def workers_of(config: RunConfig) -> int:
     """Of the newest checkpoint."""
     newest = checkpoints.newest(config.artifact("training"))
     return newest.state["plan"]["num_workers"] if newest else 0
+
+
+def test_work_goes_to_nodes_with_the_accelerator_that_it_names(cluster: Cluster, tmp_path: Path) -> None:
+    """Ray Data, too, hands the wish on to its actors."""
+    node = cluster.add_node(**NODE, resources={"accelerator_type:L4": 1})
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        refs = [shards.put({"number": number}) for number in range(8)]
+        pool = shards.actors("auto", len(refs), "cpu", accelerator_type="L4")
+        found = list(shards.run("test", refs, lambda: lambda shard: {"node": shards.node()}, **pool))
+        assert [result["node"] for result in found] == [node.node_id] * 8
+        config = write_run(tmp_path, num_workers=2, accelerator_type="L4")
+        with pytest.raises(UserError, match=r"train.num_workers is 2, .* but the cluster has 1"):
+            train.run(config)
+        train.run(changed(config, num_workers=1))
+    finally:
+        ray.shutdown()
