@@ -133,7 +133,7 @@ class Problem:
     @property
     def tables(self) -> TreeTables:
         return TreeTables(
-            self.table_BP, self.length_B, ancestor_bits(self.mask_TT).to(self.length_B), self.depth_T
+            self.table_BP, self.length_B, self.depth_T, ancestor_bits(self.mask_TT).to(self.length_B)
         )
 
     def attend(self, step: Step) -> Tensor:
@@ -235,8 +235,8 @@ def test_the_kernel_and_the_dense_path_both_equal_a_slow_loop(interpreted, case,
 
 
 MUTATIONS: dict[str, Callable[[TreeTables], dict[str, Tensor]]] = {
-    "one ancestor too many": lambda t: {"ancestors_T": t.ancestors_T | 2},
-    "no ancestor but itself": lambda t: {"ancestors_T": 1 << torch.arange(len(t.ancestors_T))},
+    "one ancestor too many": lambda t: {"sees_T": t.sees_T | 2},
+    "no ancestor but itself": lambda t: {"sees_T": 1 << torch.arange(len(t.sees_T))},
     "a token too few": lambda t: {"length_B": t.length_B - 1},
     "a token too many": lambda t: {"length_B": t.length_B + 1},
     "slots for positions": lambda t: {"depth_T": torch.arange(len(t.depth_T))},
@@ -331,7 +331,7 @@ def check_op(case: Case) -> dict[str, str]:
             problem.cache.values[0],
             tables.table_BP,
             tables.length_B,
-            tables.ancestors_T,
+            tables.sees_T,
             tables.depth_T,
             PAGE_SIZE,
             0.3,

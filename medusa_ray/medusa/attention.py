@@ -2,8 +2,8 @@
 
 It owns the cache's writes and reads, so the model needs no cache object of its own, and it applies the tree's mask.
 A step's tables travel to it as the keyword argument `step` of the model's forward. On a GPU the nodes of a tree read
-the pages through the kernel of kernels.py; all else is the dense reference, on torch's scaled dot product attention,
-with grouped query heads folded into the query length.
+the pages through the kernel of kernels.py, in a CPU's compiled pass through that of page_attention.cpp; all else is the
+dense reference, on torch's scaled dot product attention, with grouped query heads folded into the query length.
 
 # B sequences   T tokens of a step, N where they are tree nodes   P pages   S slots read
 # H query heads   K key/value heads   G = H / K   E head size
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from medusa_ray.medusa import page_attention
 from medusa_ray.medusa.cache import PAGE_SIZE, all_slots, read, slots, write
 from medusa_ray.medusa.tree import MASK_BITS, ancestor_bits
 
@@ -34,17 +35,18 @@ log = logging.getLogger("medusa_ray")
 
 @dataclass(frozen=True)
 class TreeTables:
-    """Where the kernel finds a tree's nodes, and who sees whom."""
+    """Where a kernel finds a tree's nodes, and who sees whom."""
 
     table_BP: Tensor  # pages of each sequence
     length_B: Tensor  # tokens of the context; the nodes stand behind it, in their order
-    ancestors_T: Tensor  # int64, bit a: the node sees node a
     depth_T: Tensor
+    sees_T: Tensor  # on a GPU int64, bit a: the node sees node a; on a CPU bool [T, T]
+    cpu_threads: int | None = None
 
 
 @dataclass
 class Step:
-    """Where one forward pass writes and reads, and who sees whom. `tree` is for the kernel, else the dense tables."""
+    """Where one forward pass writes and reads, and who sees whom. `tree` is for a kernel, else the dense tables."""
 
     keys: list[Tensor]  # a pool per layer
     values: list[Tensor]
@@ -90,13 +92,17 @@ def tree_step(
     mask_NN: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
+    cpu_threads: int | None = None,
 ) -> Step:
-    """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself."""
+    """Nodes stand behind the context, in their order; each sees the context, its ancestors and itself.
+
+    cpu_threads: of the CPU's own kernel, which compiled code alone can call; None for the dense reference.
+    """
     num_nodes = depth_N.shape[0]  # and not len(), which a compiled pass would take for a constant
     node_BN = length_B[:, None] + torch.arange(num_nodes, device=table_BP.device)
     position_BN = length_B[:, None] + depth_N
     if takes_kernel(table_BP.device, num_nodes):
-        tables = TreeTables(table_BP, length_B, ancestor_bits(mask_NN), depth_N)
+        tables = TreeTables(table_BP, length_B, depth_N, ancestor_bits(mask_NN))
         return Step(keys, values, slots(table_BP, node_BN), position_BN, tree=tables)
     read_BS = all_slots(table_BP)
     slot_S = torch.arange(read_BS.shape[1], device=read_BS.device)
@@ -112,6 +118,8 @@ def tree_step(
         visible_BTS=(behind_BS < 0)[:, None] | among_nodes_BNS,
         position_BT=position_BN,
         position_BS=torch.where(is_node_BS, length_B[:, None] + depth_N[inner_BS], slot_S),
+        # Beside the dense tables, since layers differ: a compiler drops what no layer has used.
+        tree=TreeTables(table_BP, length_B, depth_N, mask_NN, cpu_threads) if cpu_threads else None,
     )
 
 
@@ -138,9 +146,13 @@ def attend(
     write(step.values[layer], step.write_BT, value_BKTE.transpose(1, 2))
     B, H, T, E = query_BHTE.shape
     scale = E**-0.5 if scaling is None else scaling
-    if step.tree is not None:
-        pools = step.keys[layer], step.values[layer]
-        return _attend_pages(query_BHTE, pools, step.tree, scale, sliding_window, softcap, s_aux), None
+    pools, tree = (step.keys[layer], step.values[layer]), step.tree
+    if tree is not None and tree.cpu_threads is None:
+        return _attend_pages(query_BHTE, pools, tree, scale, sliding_window, softcap, s_aux), None
+    if tree is not None and softcap is None and s_aux is None and page_attention.takes(query_BHTE, pools[1]):
+        tables = tree.table_BP, tree.length_B, tree.sees_T, tree.depth_T
+        window, threads = sliding_window or 0, tree.cpu_threads
+        return page_attention.attend(query_BHTE, *pools, *tables, scale, window, threads), None
 
     assert step.read_BS is not None
     keys_BKSE = read(step.keys[layer], step.read_BS).transpose(1, 2)
@@ -169,7 +181,7 @@ def _attend_pages(
 ) -> Tensor:
     from medusa_ray.medusa.kernels import tree_attention  # needs triton, which not every machine has
 
-    tables = (tree.table_BP, tree.length_B, tree.ancestors_T, tree.depth_T)
+    tables = (tree.table_BP, tree.length_B, tree.sees_T, tree.depth_T)
     query_BTHE = query_BHTE.transpose(1, 2)
     return tree_attention(query_BTHE, *pools, *tables, PAGE_SIZE, scale, window, softcap, sink_H)
 

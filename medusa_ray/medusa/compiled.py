@@ -36,7 +36,7 @@ import transformers
 from torch import Tensor
 from torch.export import Dim
 
-from medusa_ray.medusa import acceptance, attention, backbone, cache, treepass
+from medusa_ray.medusa import acceptance, attention, backbone, cache, page_attention, treepass
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.base import files_of
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
@@ -127,8 +127,9 @@ _capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 def library_of(base: str, dtype: str, revision: str | None) -> Path:
     """Where the library of a base lies: its name tells apart all that the code in it depends on."""
     digest = hashlib.sha256()
-    sources = [module.__file__ for module in (acceptance, attention, backbone, cache, treepass)]
-    for file in (*files_of(base, revision), *sources, __file__):
+    modules = (acceptance, attention, backbone, cache, page_attention, treepass)
+    sources = [module.__file__ for module in modules]
+    for file in (*files_of(base, revision), *sources, page_attention.SOURCE, __file__):
         assert file is not None
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -144,14 +145,23 @@ def build(base: str, dtype: str, library: Path, revision: str | None = None) -> 
 
     Raises RuntimeError where the code needs operators that only torch's own loader could call.
     """
-    tree_pass = TreePass(Backbone.load(base, getattr(torch, dtype), "cpu", revision))
+    tree_pass = TreePass(Backbone.load(base, getattr(torch, dtype), "cpu", revision), torch.get_num_threads())
     arguments, shapes = example(tree_pass.backbone)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        options = {
+            **INDUCTOR,
+            "aot_inductor.custom_ops_to_c_shims": {
+                page_attention.attend.default: [page_attention.DECLARATION]
+            },
+            "aot_inductor.custom_op_libs": [page_attention.build(folder)],
+        }
+        # Where compilers look for it.
+        os.environ["LIBRARY_PATH"] = f"{folder}:{os.environ.get('LIBRARY_PATH', '')}"
         # Only without gradients are weights constants, which oneDNN may lay out anew.
         with torch.no_grad():
             exported = torch.export.export(tree_pass, arguments, dynamic_shapes=shapes, strict=False)
             built = torch._inductor.aoti_compile_and_package(
-                exported, package_path=f"{folder}/pass.pt2", inductor_configs=INDUCTOR
+                exported, package_path=f"{folder}/pass.pt2", inductor_configs=options
             )
         with zipfile.ZipFile(built) as package:
             (code,) = (name for name in package.namelist() if name.endswith(".so"))

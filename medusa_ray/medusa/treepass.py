@@ -40,10 +40,11 @@ class Outcome(NamedTuple):
 class TreePass(nn.Module):
     """The base under trees, behind what the cache holds of their sequences. The baseline's tree is a root."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, cpu_threads: int | None = None) -> None:
+        """cpu_threads: as tree_step takes them."""
         super().__init__()
         self.model = backbone.model  # for its parameters
-        self.backbone = backbone
+        self.backbone, self.cpu_threads = backbone, cpu_threads
 
     def forward(
         self,
@@ -68,7 +69,7 @@ class TreePass(nn.Module):
         last token alone. is_greedy: bool, whether the greedy walk is the right one; if not, nothing is moved. keys,
         values: a pool per layer.
         """
-        step = tree_step(length_B, table_BP, depth_N, mask_NN, keys, values)
+        step = tree_step(length_B, table_BP, depth_N, mask_NN, keys, values, self.cpu_threads)
         logits_BWV, hidden_BWC = self.backbone.forward(token_BN, step, wanted_BW)
         shape = Shape(depth_W, mask_WW, parent_W, walk_WD)
         verdict = Verdict(*walk(token_BN.gather(1, wanted_BW), logits_BWV.argmax(-1), shape))
