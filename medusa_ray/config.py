@@ -1028,6 +1028,14 @@ class ApplicationConfig(Strict):
         for deployment in self.deployments:
             bundles, args = deployment.placement_group_bundles, self.engines.get(deployment.name)
             num_shards = args.tensor_parallel if args else 1
+            options = deployment.ray_actor_options
+            if num_shards > 1 and options and (options.accelerator_type or options.label_selector):
+                raise ValueError(
+                    f"application {self.name} has tensor_parallel {num_shards} and names nodes in ray_actor_options, "
+                    "which Ray would ask of the first shard alone, and wait for ever. Name them in "
+                    "placement_group_bundles, one for each shard, such as {CPU: 1, GPU: 1, 'accelerator_type:H100': "
+                    "0.001}."
+                )
             if bundles is None or num_shards == 1 or len(bundles) == num_shards:
                 continue
             raise ValueError(
