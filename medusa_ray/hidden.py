@@ -42,20 +42,20 @@ def run(config: RunConfig) -> str:
             "stage=hidden mode=stream written=0: training computes num_positions=%d", facts["num_positions"]
         )
     else:
-        refs = [shards.put({"part": name}) for name in parts.names(distilled) if name not in done]
+        blocks = [shards.block({"part": name}) for name in parts.names(distilled) if name not in done]
         device = shards.device_of(config.model)
         make_worker = functools.partial(
             Computer, config, shards.base_of(config.model), device, distilled, hidden
         )
         resources = shards.actors(
             config.hidden.num_actors,
-            len(refs),
+            len(blocks),
             device,
             config.hidden.gpus_per_actor if device == "cuda" else 1,
             accelerator_type=config.hidden.accelerator_type,
             section="hidden",
         )
-        for _ in shards.run("hidden", refs, make_worker, **resources):
+        for _ in shards.run("hidden", blocks, make_worker, **resources):
             pass
     provenance.write(hidden, settings, inputs, **facts)
     return config.artifact("hidden")

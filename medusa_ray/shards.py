@@ -28,7 +28,6 @@ from medusa_ray.config import ModelConfig, UserError, least_and_most
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
 MakeWorker = Callable[[], Worker]
-Ref = Any  # ray.ObjectRef of a table
 
 LOG = logging.getLogger("medusa_ray")
 LOG_INTERVAL_S = 5.0
@@ -58,7 +57,9 @@ def count_of(resource: str, accelerator_type: str | None, key: str) -> float:
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if found := [there for there in resources if f"{TYPE}{accelerator_type}" in there]:
         return float(sum(there.get(resource, 0) for there in found))
-    types = sorted({name.removeprefix(TYPE) for there in resources for name in there if name.startswith(TYPE)})
+    types = sorted(
+        {name.removeprefix(TYPE) for there in resources for name in there if name.startswith(TYPE)}
+    )
     raise UserError(
         f"{key} is {accelerator_type!r}, but the nodes have {', '.join(types) or 'no accelerator'}. Name one of these, "
         "leave it out, or start a node that has it first."
@@ -152,22 +153,24 @@ def tasks(num_shards: int, shards_per_process: int) -> dict[str, Any]:
     return {"compute": ray.data.TaskPoolStrategy(size=max(fitting, 1)), "num_cpus": 1}
 
 
-def put(shard: Shard) -> Ref:
-    """A shard on its way to a worker."""
-    return ray.put(pa.Table.from_pylist([shard]))
+def block(shard: Shard) -> pa.Table:
+    """A shard as it goes to a worker."""
+    return pa.Table.from_pylist([shard])
 
 
-def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) -> Iterator[dict[str, Any]]:
+def run(
+    stage: str, blocks: list[pa.Table], make_worker: MakeWorker, **resources: Any
+) -> Iterator[dict[str, Any]]:
     """What the workers made of the shards, in the order in which they finish.
 
     make_worker: called once in each process. resources: what `actors` or `tasks` returned. Raises UserError
     when a worker raised one.
     """
-    if not refs:
+    if not blocks:
         return
     function = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
-    results = _mapped(refs, function, make_worker, sys.stderr.isatty(), **resources)
-    progress = _Progress(stage, len(refs))
+    results = _mapped(blocks, function, make_worker, sys.stderr.isatty(), **resources)
+    progress = _Progress(stage, len(blocks))
     for row in results.iter_rows():
         if row["mistake"] is not None:
             raise (parts.StorageError if row["is_of_storage"] else UserError)(row["mistake"])
@@ -209,7 +212,7 @@ class _Progress:
 
 
 def tables(
-    refs: list[Ref],
+    blocks: list[pa.Table],
     num_rows: list[int],
     make_worker: Callable[[], Callable[[Shard], pa.Table]],
     **resources: Any,
@@ -218,24 +221,26 @@ def tables(
 
     num_rows: of each table, at least 1. make_worker, resources: as in `run`.
     """
-    if not refs:
+    if not blocks:
         return
-    made = _mapped(refs, _TableProcess, make_worker, False, **resources)
+    made = _mapped(blocks, _TableProcess, make_worker, False, **resources)
     # Ray Data cuts large tables to blocks of its own.
-    blocks: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
+    found: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
     left: list[pa.Table] = []
     for wanted in num_rows:
-        while sum(len(block) for block in left) < wanted:
-            left.append(next(blocks))
+        while sum(map(len, left)) < wanted:
+            left.append(next(found))
         whole = pa.concat_tables(left)
         yield whole.slice(0, wanted)
         left = [whole.slice(wanted)]
 
 
-def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bool, **resources: Any) -> Any:
+def _mapped(
+    blocks: list[pa.Table], function: Any, make_worker: Any, shows_progress: bool, **resources: Any
+) -> Any:
     """The pipeline, not begun. One shard is one batch, so that whatever finished is not done again."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the plan of every pipeline is no news to a user
-    dataset = ray.data.from_arrow_refs(refs)
+    dataset = ray.data.from_blocks(blocks)  # from_arrow has a task for each, and keeps 40 KiB of each
     dataset.context.enable_progress_bars = shows_progress
     dataset.context.execution_options.preserve_order = function is _TableProcess
     with warnings.catch_warnings():
@@ -290,7 +295,9 @@ def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
     return _results(results)
 
 
-def _results(results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False) -> pa.Table:
+def _results(
+    results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False
+) -> pa.Table:
     return pa.table(
         {
             "result": pa.array(results, pa.string()),

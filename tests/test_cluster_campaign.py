@@ -135,9 +135,9 @@ def test_work_goes_to_nodes_with_the_accelerator_that_it_names(cluster: Cluster,
     node = cluster.add_node(**NODE, resources={"accelerator_type:L4": 1})
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
-        refs = [shards.put({"number": number}) for number in range(8)]
-        pool = shards.actors("auto", len(refs), "cpu", accelerator_type="L4")
-        found = list(shards.run("test", refs, lambda: lambda shard: {"node": shards.node()}, **pool))
+        blocks = [shards.block({"number": number}) for number in range(8)]
+        pool = shards.actors("auto", len(blocks), "cpu", accelerator_type="L4")
+        found = list(shards.run("test", blocks, lambda: lambda shard: {"node": shards.node()}, **pool))
         assert [result["node"] for result in found] == [node.node_id] * 8
         config = write_run(tmp_path, num_workers=2, accelerator_type="L4")
         with pytest.raises(UserError, match=r"train.num_workers is 2, .* but the cluster has 1"):

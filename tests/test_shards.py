@@ -122,8 +122,8 @@ def test_a_users_mistake_in_a_worker_reaches_the_user(ray_cluster: None) -> None
 
         return work
 
-    good = [shards.put({"n": n}) for n in (0, 1)]
+    good = [shards.block({"n": n}) for n in (0, 1)]
     results = shards.run("test", good, make_worker, **shards.tasks(2, 1))
     assert sorted(result["twice"] for result in results) == [0, 2]
     with pytest.raises(UserError, match=r"^two is one too many$"):
-        list(shards.run("test", [*good, shards.put({"n": 2})], make_worker, **shards.tasks(3, 1)))
+        list(shards.run("test", [*good, shards.block({"n": 2})], make_worker, **shards.tasks(3, 1)))

@@ -62,15 +62,15 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
             f"distill.rows_per_part is {num_rows}, which makes {len(all_shards):,} files; expected {parts.MOST:,} at "
             "most. Raise it, or leave it out."
         )
-    refs = [shards.put(shard) for shard in all_shards if shard["part"] not in done]
-    if refs:
+    blocks = [shards.block(shard) for shard in all_shards if shard["part"] not in done]
+    if blocks:
         _refuse_twins(f"{prompts}/train")
     longest = made["splits"]["train"]["longest_prompt_tokens"]
     make_worker, resources = _workers(
-        config, prompts, distilled, captured, longest, len(refs), num_rows, load_engine
+        config, prompts, distilled, captured, longest, len(blocks), num_rows, load_engine
     )
     started_s, ours, total = time.monotonic(), Facts(), Facts()
-    for facts in shards.run("distill", refs, make_worker, **resources):
+    for facts in shards.run("distill", blocks, make_worker, **resources):
         rows.add(ours, facts)
     seconds = time.monotonic() - started_s
     for shard in all_shards:
