@@ -65,8 +65,8 @@ def _facts(distilled: str, loss_on: str) -> dict[str, Any]:
     """Counts of rows and positions, which follow from lengths alone."""
     errors: Counter[str] = Counter()
     num_in = num_positions = 0
-    for name in parts.names(distilled):
-        table = parts.read(distilled, name, ["prompt_ids", "reply_ids", "error"])
+    columns = ["prompt_ids", "reply_ids", "error"]
+    for table in parts.ahead(lambda name: parts.read(distilled, name, columns), parts.names(distilled)):
         lengths = (pc.list_value_length(table[ids]).to_pylist() for ids in ("prompt_ids", "reply_ids"))
         num_in += len(table)
         for num_prompt, num_reply, error in zip(*lengths, table["error"].to_pylist(), strict=True):

@@ -1,6 +1,6 @@
 """What more nodes bring, with a model that sleeps instead of computing: rows/s of distillation and tokens/s of serving.
 
-    python tests/cluster_speed.py distill [--nodes 1 2 4] [--repeats 5]
+    python tests/cluster_speed.py distill [--nodes 1 2 4] [--repeats 2]
     python tests/cluster_speed.py serve [--shape resilient]
 
 Nodes are Ray's, each with a CPU and processes of its own, all on this machine; a head without CPUs has the driver,
@@ -172,24 +172,25 @@ def serve_file(shape: str, base: str, port: int, num_replicas: int) -> ServeConf
     return parse(ServeConfig, {"http_options": {"port": port}, "applications": [app]}, "cluster_speed")
 
 
-async def tokens_in(client: Client, num_clients: int) -> int:
-    """Tokens that came in MEASURED_S, WARM_S after clients began to ask again and again."""
+async def tokens_in(client: Client, num_clients: int) -> tuple[int, int]:
+    """Tokens that came in MEASURED_S, WARM_S after clients began to ask again and again; and all."""
     began_s = time.perf_counter() + WARM_S
     ends_s = began_s + MEASURED_S
-    num_tokens = 0
+    num_tokens = num_all = 0
 
     async def ask_on(seed: int) -> None:
-        nonlocal num_tokens
+        nonlocal num_tokens, num_all
         draw = random.Random(seed)
         reader, writer = await asyncio.open_connection(client.parts.hostname, client.parts.port)
         while time.perf_counter() < ends_s:
             prompt = [draw.randrange(6, VOCAB_SIZE) for _ in range(32)]
             _, arrived = await client.ask(reader, writer, prompt, max_tokens=TOKENS, ignore_eos=True)
+            num_all += TOKENS
             num_tokens += sum(began_s < moment <= ends_s for moment in arrived[:TOKENS])
         writer.close()
 
     await asyncio.gather(*map(ask_on, range(num_clients)))
-    return num_tokens
+    return num_tokens, num_all
 
 
 def serving(sizes: list[int], repeats: int, shape: str) -> Iterator[tuple[int, float, dict[str, float]]]:
@@ -212,8 +213,8 @@ def serving(sizes: list[int], repeats: int, shape: str) -> Iterator[tuple[int, f
             num_clients = num_nodes * 2 * BATCH_SIZE  # a full batch runs in each, and another one waits
             for _ in range(repeats):
                 with Work() as work:
-                    num_tokens = asyncio.run(tokens_in(client, num_clients))
-                yield num_nodes, num_tokens / MEASURED_S, work.per(num_tokens)
+                    num_tokens, num_all = asyncio.run(tokens_in(client, num_clients))
+                yield num_nodes, num_tokens / MEASURED_S, work.per(num_all)
         ray.serve.shutdown()
 
 
@@ -221,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["distill", "serve"])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--shape", choices=["fast", "resilient"], default="fast")
     given = parser.parse_args()
     prepare_ray()

@@ -73,9 +73,9 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
     for facts in shards.run("distill", blocks, make_worker, **resources):
         rows.add(ours, facts)
     seconds = time.monotonic() - started_s
-    for shard in all_shards:
-        if shard["part"] in done:
-            rows.add(total, rows.read_facts(distilled, shard["part"]))
+    earlier = [shard["part"] for shard in all_shards if shard["part"] in done]
+    for facts in parts.ahead(lambda part: rows.read_facts(distilled, part), earlier):
+        rows.add(total, facts)
     rows.add(total, ours)
     if not total["rows"]["good"]:
         raise UserError(_why_none(config, shards.base_of(config.model), total["rows"]))
@@ -128,15 +128,14 @@ def rows_per_part(config: RunConfig, prompts: str) -> int:
     if config.distill.rows_per_part:
         return config.distill.rows_per_part
     folder = f"{prompts}/train"
-    num_rows = config.distill.samples * sum(parts.num_rows(folder, name) for name in parts.names(folder))
+    num_rows = config.distill.samples * sum(size for _, size in parts.sizes(folder))
     return max(min(MOST_ROWS, -(-num_rows // LEAST_PARTS)), -(-num_rows // MOST_PARTS)) or 1
 
 
 def plan(prompts: str, most_rows: int) -> Iterator[shards.Shard]:
     """Runs of at most so many consecutive prompts, none across two files: the same ones every time."""
     index = itertools.count()
-    for name in parts.names(prompts):
-        num_rows = parts.num_rows(prompts, name)
+    for name, num_rows in parts.sizes(prompts):
         for start in range(0, num_rows, most_rows):
             length = min(most_rows, num_rows - start)
             yield {"part": parts.part_name(next(index)), "source": name, "start": start, "length": length}
@@ -199,8 +198,9 @@ def _refuse_twins(prompts: str) -> None:
     """
 
     def ids() -> Iterator[list[str]]:
-        for name in parts.names(prompts):
-            yield parts.read(prompts, name, ["id"])["id"].to_pylist()
+        yield from parts.ahead(
+            lambda name: parts.read(prompts, name, ["id"])["id"].to_pylist(), parts.names(prompts)
+        )
 
     hashes = np.sort(np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()]))
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
