@@ -91,7 +91,7 @@ def growing() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
-        initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
+        initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "resources": {"head": 1}, "include_dashboard": False}
     )
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster

@@ -131,6 +131,7 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
 def start_ray(num_cpus: int) -> float:
     started_s = time.perf_counter()
     ray.init(
+        address="local",  # whatever other cluster this machine has
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=300 * 2**20,
