@@ -202,7 +202,8 @@ def _refuse_twins(prompts: str) -> None:
             lambda name: parts.read(prompts, name, ["id"])["id"].to_pylist(), parts.names(prompts)
         )
 
-    hashes = np.sort(np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()]))
+    hashes = np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()])
+    hashes.sort()
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not suspects:
         return
