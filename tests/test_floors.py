@@ -47,6 +47,7 @@ FLOORS = {
             f"medusa.{name}"
             for name in [
                 "attention",
+                "page_attention",
                 "base",
                 "backbone",
                 "cache",

@@ -156,7 +156,7 @@ def build(base: str, dtype: str, library: Path, revision: str | None = None) -> 
             "aot_inductor.custom_op_libs": [page_attention.build(folder)],
         }
         # Where compilers look for it.
-        os.environ["LIBRARY_PATH"] = f"{folder}:{os.environ.get('LIBRARY_PATH', '')}"
+        os.environ["LIBRARY_PATH"] = ":".join(filter(None, [folder, os.environ.get("LIBRARY_PATH")]))
         # Only without gradients are weights constants, which oneDNN may lay out anew.
         with torch.no_grad():
             exported = torch.export.export(tree_pass, arguments, dynamic_shapes=shapes, strict=False)

@@ -20,9 +20,10 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, TILE = PAGE_SIZE, BLOCK = 4;  // rows at a time, whose sums stay in registers
-constexpr int64_t MANY_ROWS = 5;                           // from here on a tile of keys is turned over
-constexpr float MASKED = -1e30f;                            // finite, so that the difference of two is a number
+constexpr int64_t LANES = 16, TILE = PAGE_SIZE;
+constexpr int64_t BLOCK = 4;      // rows at a time, whose sums stay in registers
+constexpr int64_t MANY_ROWS = 5;  // from here on a tile of keys is turned over
+constexpr float MASKED = -1e30f;  // finite, so that the difference of two is a number
 static_assert(TILE % LANES == 0);
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -306,7 +307,7 @@ struct Problem {
       const int64_t slot = of.table_BP[b * of.P + start / PAGE_SIZE] * PAGE_SIZE;
       const T *key = keys + (slot * K + k) * E, *value = values + (slot * K + k) * U;
       const bool is_turned = R >= MANY_ROWS;
-      for (int64_t s = 0; s < tile.size; ++s)
+      for (int64_t s = 0; s < tile.size; ++s)  // on their way while keys are multiplied
         for (int64_t u = 0; u < U; u += LANES) __builtin_prefetch(value + s * K * U + u);
       if (is_turned) turn_keys(key, K * E, tile.size, E, turned_ES);
       for (int64_t row = 0; row < R; row += BLOCK) {
