@@ -132,7 +132,7 @@ def survey(distilled: str, config: RunConfig) -> tuple[list[Ints], list[Wanted]]
         counts.append((is_usable_R & ~is_held_R).astype(np.int64))
         if len(held_R := np.flatnonzero(is_usable_R & is_held_R)):
             held_out.append((name, held_R))
-    if (num_rows := sum(int(count_R.sum()) for count_R in counts)) < config.train.num_workers:
+    if (num_rows := sum(int(count_R.sum()) for count_R in counts)) < config.train.most_workers:
         raise UserError(
             f"{distilled} has {num_rows} rows with a label, and train.num_workers={config.train.num_workers} want one "
             "each at least. Give more chats."
@@ -491,6 +491,7 @@ class JointJob(Job):
             tree_nodes=config.evaluate.tree_nodes,
             heads=config.heads,
             train=settings_of(config.train, config.joint),
+            num_workers=config.train.most_workers,
             streamed=None,
             warm_heads=folders["warm_heads"],
             adapter=folders["adapter"],
