@@ -224,6 +224,14 @@ def test_a_node_behind_closed_ports_is_told_once() -> None:
     assert [finding.node for finding in told(replace(HEALTHY, nodes=nodes))] == [second.name]
 
 
+def test_a_node_that_was_started_again_is_no_fault() -> None:
+    """Ray lists a dead node for as long as its head lives."""
+    before = replace(HEALTHY.nodes[1], name="10.0.0.2/1ab2c3", is_alive=False, death="killed")
+    assert [finding.level for finding in told(replace(HEALTHY, nodes=(*HEALTHY.nodes, before)))] == [
+        "warning"
+    ]
+
+
 def test_what_all_nodes_lack_is_told_once() -> None:
     cluster = replace(HEALTHY, nodes=tuple(replace(node, open_files=1024) for node in HEALTHY.nodes))
     assert [finding.node for finding in told(cluster)] == ["all nodes"]

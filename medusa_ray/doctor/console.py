@@ -3,7 +3,7 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 STYLES = {"fault": "bold red", "warning": "yellow", "ok": "green"}
@@ -14,7 +14,7 @@ def show(diagnosis: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=80)
-    grid = Table("", "Check", "Found")
+    grid = Table("", "Check", Column("Found", overflow="fold"))  # a long path is not cut
     for finding in diagnosis["findings"]:
         level = finding["level"]
         text = Text(f"{finding['node']}: " if finding["node"] else "", style="bold")

@@ -50,9 +50,12 @@ def _together(names: list[str], cluster: Cluster) -> str:
 def nodes(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
     for node in cluster.nodes:
         if not node.is_alive and not node.is_death_expected:
-            # A cluster that grows and shrinks by itself replaces what it lost.
+            # A cluster that grows and shrinks by itself replaces what it lost, and somebody may have done so.
+            is_replaced = cluster.most is not None or node.address in {
+                other.address for other in cluster.alive
+            }
             yield Finding(
-                "nodes", "fault" if cluster.most is None else "warning", f"is dead: {node.death or 'no reason known'}",
+                "nodes", "warning" if is_replaced else "fault", f"is dead: {node.death or 'no reason known'}",
                 "all nodes that joined alive", "start it again, or restart the head to forget it", node.name,
             )  # fmt: skip
         elif node.is_alive and node.error:

@@ -301,11 +301,11 @@ def _address(host: str) -> str:
 
 def base(name: str, revision: str | None) -> dict[str, str | None]:
     """As `Probe.base`; raises what the hub's client raises."""
+    configs = ("config.json", "adapter_config.json")
     if os.path.isdir(name):
-        with open(
-            f"{name}/config.json" if os.path.exists(f"{name}/config.json") else f"{name}/adapter_config.json"
-        ):
+        if any(os.access(f"{name}/{config}", os.R_OK) for config in configs):
             return {"how": "folder", "error": None}
+        return {"how": None, "error": "the folder has no config.json that can be read"}
     if os.path.isabs(name):
         return {"how": None, "error": f"{name} is not there"}
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -313,7 +313,7 @@ def base(name: str, revision: str | None) -> dict[str, str | None]:
     def is_cached(*files: str) -> bool:
         return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
 
-    if is_cached("config.json", "adapter_config.json") and is_cached(*WEIGHTS):
+    if is_cached(*configs) and is_cached(*WEIGHTS):
         return {"how": "cache", "error": None}
     if constants.HF_HUB_OFFLINE:
         return {
