@@ -493,7 +493,13 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
 
     for folder in ("distilled", "hidden"):
         storage.copy(f"bucket/run/{folder}", f"bucket/long/{folder}", recursive=True)
-    words = ("train", "s3://bucket/run.yaml", "output=s3://bucket/long", "train.epochs=100000")
+    words = (
+        "train",
+        "s3://bucket/run.yaml",
+        "output=s3://bucket/long",
+        "train.epochs=9999",
+        "train.save_steps=99999",
+    )
     assert (
         cluster.run("submit", "--detach", "--job-id", "long", *env, "--", *words, cwd=tmp_path).returncode
         == 0
