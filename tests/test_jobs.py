@@ -6,6 +6,7 @@ The cluster has two nodes and wants a token; the user's machine shares no variab
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,6 +269,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 os.killpg(node.pid, signal.SIGKILL)
                 node.wait()
         log.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
