@@ -15,6 +15,7 @@ import fsspec
 import yaml
 
 from medusa_ray import provenance
+from medusa_ray.config import least_and_most
 
 FILE, SETTINGS = "README.md", "card.json"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -376,7 +377,8 @@ def _recipe(facts: Facts) -> str:
         "generate": f"the base's own replies to these prompts (self-distillation), {sampled}",
         "given": "the replies of the chats as they were, not the base's own",
     }
-    positions = train["batch_size"] * train["gradient_accumulation_steps"] * train["num_workers"]
+    num_workers = int(least_and_most(train["num_workers"])[1])
+    positions = train["batch_size"] * train["gradient_accumulation_steps"] * num_workers
     lines = [
         ("Data", f"{sources}. Licence of the data: {facts.settings.get('data_license') or 'not stated'}"),
         ("Replies", distilled.get(replies.get("replies", ""), "not on record")),
@@ -403,7 +405,7 @@ def _recipe(facts: Facts) -> str:
             (
                 "Heads and base together",
                 f"{joint['epochs']} epochs in steps of "
-                f"{joint['batch_size'] * joint['gradient_accumulation_steps'] * train['num_workers']} rows; LoRA of "
+                f"{joint['batch_size'] * joint['gradient_accumulation_steps'] * num_workers} rows; LoRA of "
                 f"rank {joint['rank']}, alpha {joint['alpha']}, on {joint['targets']}; learning rate "
                 f"{joint['learning_rate']:g} of the adapter, {joint['heads_learning_rate']:g} of the heads; weight of "
                 f"the heads' loss {joint['heads_weight']:g}",

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from medusa_ray.medusa.base import text_config, under_adapter
+from medusa_ray.medusa.base import fetched, text_config, under_adapter
 from medusa_ray.tools import written_out
 
 Message = dict[str, Any]  # role and content; tool_calls too, where the assistant calls functions
@@ -33,10 +33,11 @@ class Chat:
 
     @classmethod
     def load(cls, base: str, revision: str | None = None) -> "Chat":
-        """From a folder or hub name; an adapter's own tokenizer, or that of the base that it names.
+        """From a folder, URI or hub name; an adapter's own tokenizer, or that of the base that it names.
 
         Raises OSError when there is no tokenizer, ValueError when it cannot be loaded.
         """
+        base = fetched(base)
         name, base_revision = under_adapter(base, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)

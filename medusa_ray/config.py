@@ -225,6 +225,9 @@ class DistillConfig(Strict):
     gpus_per_actor: float = Field(
         1, gt=0, le=1, description="Share of a GPU that one actor takes; nothing to actors on CPUs."
     )
+    accelerator_type: str | None = Field(
+        None, description="Type of GPU, in Ray's words, such as H100 or L4: its actors run on nodes of that type only."
+    )
     batch_size: int = Field(32, gt=0, description="Sequences that one actor decodes at a time.")
     rows_per_part: int | None = Field(
         None,
@@ -246,7 +249,7 @@ class DistillConfig(Strict):
     @field_validator("num_actors")
     @classmethod
     def _actors_are_a_number_or_a_range(cls, num_actors: int | str) -> int | str:
-        least, most = actor_range(num_actors)
+        least, most = least_and_most(num_actors)
         if not 1 <= least <= most:
             raise ValueError(
                 f"distill.num_actors is {num_actors!r}; expected a whole number from 1, auto, or MIN-MAX such as 2-8."
@@ -278,14 +281,15 @@ class DistillConfig(Strict):
         return self
 
 
-def actor_range(num_actors: int | str) -> tuple[int, float]:
-    """Least and most actors that `num_actors` allows; 0 and 0 when it is none of n, auto and MIN-MAX."""
-    if num_actors == "auto":
+def least_and_most(number: int | str) -> tuple[int, float]:
+    """What a number of actors or workers allows; 0 and 0 when it is none of n, auto and MIN-MAX."""
+    if number == "auto":
         return 1, math.inf
-    least, _, most = str(num_actors).partition("-")
-    if not least.isdecimal() or not (most or least).isdecimal():
+    least, dash, most = str(number).partition("-")
+    most = most if dash else least
+    if not least.isdecimal() or not most.isdecimal():
         return 0, 0
-    return int(least), int(most or least)
+    return int(least), int(most)
 
 
 class HiddenConfig(Strict):
@@ -301,6 +305,12 @@ class HiddenConfig(Strict):
         gt=0,
         description="Base actors of Ray Data when computing or streaming. To stream, each of train.num_workers has one "
         "at least, and shares its GPU with it (0.6 and 0.4) where the cluster has fewer than two for each.",
+    )
+    gpus_per_actor: float = Field(
+        1, gt=0, le=1, description="Share of a GPU that one actor takes when computing; streaming has its own."
+    )
+    accelerator_type: str | None = Field(
+        None, description="Type of GPU, in Ray's words, such as H100 or L4: its actors run on nodes of that type only."
     )
     batch_tokens: int = Field(8192, gt=0, description="Tokens of one forward pass, several rows packed together.")
     top_k: int = Field(
@@ -343,7 +353,17 @@ class HeadsConfig(Strict):
 class TrainConfig(Strict):
     """Training of the heads by Ray Train workers, each with a DeepSpeed engine."""
 
-    num_workers: int = Field(1, gt=0, description="Data-parallel workers.")
+    num_workers: int | str = Field(
+        1,
+        description="Data-parallel workers: a number, or MIN-MAX, between which training goes on with as many as there "
+        "is room for when nodes are lost or join. A step then takes as many positions as with MAX.",
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="Workers on as few nodes as hold them, or on as many as there are."
+    )
+    accelerator_type: str | None = Field(
+        None, description="Type of GPU, in Ray's words, such as H100 or L4: workers run on nodes of that type only."
+    )
     epochs: int = Field(5, gt=0, description="Passes over the hidden states.")
     batch_size: int = Field(512, gt=0, description="Positions in one worker's micro-batch.")
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
@@ -394,6 +414,24 @@ class TrainConfig(Strict):
         None, description="First and last step of a profiler's trace, which becomes heads/trace.json."
     )
     max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run is given up.")
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_are_a_number_or_a_range(cls, num_workers: int | str) -> int | str:
+        least, most = least_and_most(num_workers)
+        if not 1 <= least <= most < math.inf:
+            raise ValueError(
+                f"train.num_workers is {num_workers!r}; expected a whole number from 1, or MIN-MAX such as 2-8."
+            )
+        return num_workers
+
+    @property
+    def least_workers(self) -> int:
+        return least_and_most(self.num_workers)[0]
+
+    @property
+    def most_workers(self) -> int:
+        return int(least_and_most(self.num_workers)[1])
 
     @model_validator(mode="after")
     def _moments_in_8_bits_are_not_sharded(self) -> "TrainConfig":
@@ -557,6 +595,24 @@ class RunConfig(Strict):
             raise ValueError(
                 "data.loss_on is 'all', but hidden.mode is 'capture': distillation passes through the states of "
                 "replies, not of prompts. Set hidden.mode to 'compute' or 'stream'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_room_beside_their_workers(self) -> "RunConfig":
+        train, hidden = self.train, self.hidden
+        if hidden.mode != "stream":
+            return self
+        if train.least_workers < train.most_workers:
+            raise ValueError(
+                f"train.num_workers is {train.num_workers!r}, but hidden.mode is 'stream', whose actors have a fixed "
+                "share of the room beside each worker. Give one number, or set hidden.mode to 'compute'."
+            )
+        if hidden.gpus_per_actor != 1 or hidden.accelerator_type != train.accelerator_type:
+            raise ValueError(
+                f"hidden.mode is 'stream', whose actors run beside the workers, but hidden.gpus_per_actor is "
+                f"{hidden.gpus_per_actor:g}, hidden.accelerator_type {hidden.accelerator_type!r} and "
+                f"train.accelerator_type {train.accelerator_type!r}. Leave the first out, and give both the same type."
             )
         return self
 
@@ -972,6 +1028,14 @@ class ApplicationConfig(Strict):
         for deployment in self.deployments:
             bundles, args = deployment.placement_group_bundles, self.engines.get(deployment.name)
             num_shards = args.tensor_parallel if args else 1
+            options = deployment.ray_actor_options
+            if num_shards > 1 and options and (options.accelerator_type or options.label_selector):
+                raise ValueError(
+                    f"application {self.name} has tensor_parallel {num_shards} and names nodes in ray_actor_options, "
+                    "which Ray would ask of the first shard alone, and wait for ever. Name them in "
+                    "placement_group_bundles, one for each shard, such as {CPU: 1, GPU: 1, 'accelerator_type:H100': "
+                    "0.001}."
+                )
             if bundles is None or num_shards == 1 or len(bundles) == num_shards:
                 continue
             raise ValueError(
@@ -1195,7 +1259,7 @@ def read(uri: str | Path) -> dict[str, Any]:
     try:
         with fsspec.open(str(uri), "r", encoding="utf-8") as file:
             text = file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every filesystem has errors of its own
         raise UserError(f"{uri} cannot be read: {error}. Give the path of a YAML file.") from error
     return _mapping(text, str(uri))
 

@@ -125,7 +125,7 @@ def _save_base(base: str, out: str) -> str:
     """The base, an adapter's merged, and its tokenizer; returns the folder as every process here finds it."""
     from transformers import AutoTokenizer
 
-    from medusa_ray.medusa.base import load, under_adapter
+    from medusa_ray.medusa.base import fetched, load, under_adapter
 
     filesystem, folder = fsspec.core.url_to_fs(out)
     if "file" not in filesystem.protocol:
@@ -134,7 +134,7 @@ def _save_base(base: str, out: str) -> str:
         )
     try:
         model: Any = load(base, "auto", "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(under_adapter(base)[0])
+        tokenizer = AutoTokenizer.from_pretrained(under_adapter(fetched(base))[0])
     except (OSError, ValueError) as error:
         raise UserError(f"the base {base} cannot be read: {error}. Give another with --base.") from error
     model.save_pretrained(folder)

@@ -42,13 +42,20 @@ def run(config: RunConfig) -> str:
             "stage=hidden mode=stream written=0: training computes num_positions=%d", facts["num_positions"]
         )
     else:
-        refs = [shards.put({"part": name}) for name in parts.names(distilled) if name not in done]
+        blocks = [shards.block({"part": name}) for name in parts.names(distilled) if name not in done]
         device = shards.device_of(config.model)
         make_worker = functools.partial(
             Computer, config, shards.base_of(config.model), device, distilled, hidden
         )
-        resources = shards.actors(config.hidden.num_actors, len(refs), device)
-        for _ in shards.run("hidden", refs, make_worker, **resources):
+        resources = shards.actors(
+            config.hidden.num_actors,
+            len(blocks),
+            device,
+            config.hidden.gpus_per_actor if device == "cuda" else 1,
+            accelerator_type=config.hidden.accelerator_type,
+            section="hidden",
+        )
+        for _ in shards.run("hidden", blocks, make_worker, **resources):
             pass
     provenance.write(hidden, settings, inputs, **facts)
     return config.artifact("hidden")
@@ -58,8 +65,8 @@ def _facts(distilled: str, loss_on: str) -> dict[str, Any]:
     """Counts of rows and positions, which follow from lengths alone."""
     errors: Counter[str] = Counter()
     num_in = num_positions = 0
-    for name in parts.names(distilled):
-        table = parts.read(distilled, name, ["prompt_ids", "reply_ids", "error"])
+    columns = ["prompt_ids", "reply_ids", "error"]
+    for table in parts.ahead(lambda name: parts.read(distilled, name, columns), parts.names(distilled)):
         lengths = (pc.list_value_length(table[ids]).to_pylist() for ids in ("prompt_ids", "reply_ids"))
         num_in += len(table)
         for num_prompt, num_reply, error in zip(*lengths, table["error"].to_pylist(), strict=True):

@@ -5,8 +5,11 @@ same name, so killing a writer neither loses nor repeats one.
 """
 
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -17,7 +20,12 @@ from medusa_ray.config import UserError
 
 MARK = "_parts.json"  # which config and inputs the parts in a folder come from
 FOREIGN = ("botocore", "aiohttp", "gcsfs", "azure")  # packages of storage whose errors are their own
+MOST = 999_999  # whose names sort as their rows do
+READERS = 16  # requests under way at a bucket, each of which takes tens of milliseconds
 ATTEMPT = ".attempt"  # what a worker announced that has not written its part
+
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 class StorageError(UserError):
@@ -46,7 +54,7 @@ def absolute(uri: str) -> str:
 
 
 def part_name(index: int) -> str:
-    """Names sort as their rows do."""
+    """Names of up to MOST parts sort as their rows do."""
     return f"part-{index:06}"
 
 
@@ -134,3 +142,21 @@ def schema(folder: str, name: str) -> pa.Schema:
 def num_rows(folder: str, name: str) -> int:
     with fsspec.open(f"{folder}/{name}.parquet", "rb") as file:
         return pq.read_metadata(file).num_rows
+
+
+def sizes(folder: str) -> Iterator[tuple[str, int]]:
+    """All parts, in the order of their rows, and how many these are."""
+    there = names(folder)
+    yield from zip(there, ahead(lambda name: num_rows(folder, name), there), strict=True)
+
+
+def ahead(read: Callable[[T], Made], items: Iterable[T]) -> Iterator[Made]:
+    """What is read of each item, in their order, by threads that read the next ones meanwhile."""
+    coming: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for item in items:
+            coming.append(pool.submit(read, item))
+            if len(coming) > READERS:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

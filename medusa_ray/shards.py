@@ -23,15 +23,15 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from medusa_ray import parts
-from medusa_ray.config import ModelConfig, UserError, actor_range
+from medusa_ray.config import ModelConfig, UserError, least_and_most
 
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
 MakeWorker = Callable[[], Worker]
-Ref = Any  # ray.ObjectRef of a table
 
 LOG = logging.getLogger("medusa_ray")
 LOG_INTERVAL_S = 5.0
+TYPE = "accelerator_type:"  # begins what Ray counts of each type of accelerator
 
 
 def base_of(model: ModelConfig) -> str:
@@ -45,6 +45,25 @@ def device_of(model: ModelConfig) -> str:
     if model.device == "cuda" and not has_gpu:
         raise UserError("model.device is 'cuda', but no node of Ray has a GPU. Set it to 'auto' or 'cpu'.")
     return "cuda" if has_gpu and model.device != "cpu" else "cpu"
+
+
+def count_of(resource: str, accelerator_type: str | None, key: str) -> float:
+    """How many CPUs or GPUs the cluster has, of one type where one is named.
+
+    key: where the config names it. Raises UserError when no node is of that type: Ray would wait for one for ever.
+    """
+    if accelerator_type is None:
+        return float(ray.cluster_resources().get(resource, 0))
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if found := [there for there in resources if f"{TYPE}{accelerator_type}" in there]:
+        return float(sum(there.get(resource, 0) for there in found))
+    types = sorted(
+        {name.removeprefix(TYPE) for there in resources for name in there if name.startswith(TYPE)}
+    )
+    raise UserError(
+        f"{key} is {accelerator_type!r}, but the nodes have {', '.join(types) or 'no accelerator'}. Name one of these, "
+        "leave it out, or start a node that has it first."
+    )
 
 
 def node() -> str:
@@ -65,12 +84,12 @@ class Room(NamedTuple):
     num_actors: int  # of one trainer
 
 
-def room(num_trainers: int, num_actors: int, device: str) -> Room:
+def room(num_trainers: int, num_actors: int, device: str, accelerator_type: str | None = None) -> Room:
     """Whole ones where the cluster has two for each trainer; else each trainer shares its GPU with its only actor.
 
     num_actors: wanted in all; each trainer has one at least. Raises UserError when there are too few CPUs.
     """
-    there = int(ray.cluster_resources().get(resource_of(device), 0))
+    there = int(count_of(resource_of(device), accelerator_type, "train.accelerator_type"))
     others = there // num_trainers - 1
     if others >= 1:
         return Room(1, 1, min(others, max(1, num_actors // num_trainers)))
@@ -95,14 +114,17 @@ def actors(
     share: float = 1,
     at_a_time: int = 1,
     retries: int = 3,
+    accelerator_type: str | None = None,
+    section: str = "distill",
 ) -> dict[str, Any]:
     """Arguments of map_batches for a pool of actors, as many as the cluster holds and the shards can use.
 
     num_actors: as distill.num_actors. share: of a GPU, for each. at_a_time: shards, in threads of one actor. retries:
-    of a shard whose actors die.
+    of a shard whose actors die. accelerator_type: that of the section of the config. Raises UserError when no node has
+    it.
     """
-    least, most = actor_range(num_actors)
-    there = int(ray.cluster_resources().get(resource_of(device), 1))
+    least, most = least_and_most(num_actors)
+    there = int(count_of(resource_of(device), accelerator_type, f"{section}.accelerator_type")) or 1
     fitting = there * math.floor(1 / share + 1e-9)  # no actor has parts of two GPUs
     if isinstance(num_actors, str) and num_actors != "auto":
         # The cluster may grow with what is asked of it, so that what is there now is no limit.
@@ -120,6 +142,7 @@ def actors(
         "num_gpus": share if device == "cuda" else 0,
         # Ray's default is to try for ever; a shard that ends so many processes is at fault itself.
         "max_task_retries": retries,
+        **({"accelerator_type": accelerator_type} if accelerator_type else {}),
     }
 
 
@@ -130,22 +153,24 @@ def tasks(num_shards: int, shards_per_process: int) -> dict[str, Any]:
     return {"compute": ray.data.TaskPoolStrategy(size=max(fitting, 1)), "num_cpus": 1}
 
 
-def put(shard: Shard) -> Ref:
-    """A shard on its way to a worker."""
-    return ray.put(pa.Table.from_pylist([shard]))
+def block(shard: Shard) -> pa.Table:
+    """A shard as it goes to a worker."""
+    return pa.Table.from_pylist([shard])
 
 
-def run(stage: str, refs: list[Ref], make_worker: MakeWorker, **resources: Any) -> Iterator[dict[str, Any]]:
+def run(
+    stage: str, blocks: list[pa.Table], make_worker: MakeWorker, **resources: Any
+) -> Iterator[dict[str, Any]]:
     """What the workers made of the shards, in the order in which they finish.
 
     make_worker: called once in each process. resources: what `actors` or `tasks` returned. Raises UserError
     when a worker raised one.
     """
-    if not refs:
+    if not blocks:
         return
     function = _Process if isinstance(resources["compute"], ray.data.ActorPoolStrategy) else _work
-    results = _mapped(refs, function, make_worker, sys.stderr.isatty(), **resources)
-    progress = _Progress(stage, len(refs))
+    results = _mapped(blocks, function, make_worker, sys.stderr.isatty(), **resources)
+    progress = _Progress(stage, len(blocks))
     for row in results.iter_rows():
         if row["mistake"] is not None:
             raise (parts.StorageError if row["is_of_storage"] else UserError)(row["mistake"])
@@ -187,7 +212,7 @@ class _Progress:
 
 
 def tables(
-    refs: list[Ref],
+    blocks: list[pa.Table],
     num_rows: list[int],
     make_worker: Callable[[], Callable[[Shard], pa.Table]],
     **resources: Any,
@@ -196,24 +221,26 @@ def tables(
 
     num_rows: of each table, at least 1. make_worker, resources: as in `run`.
     """
-    if not refs:
+    if not blocks:
         return
-    made = _mapped(refs, _TableProcess, make_worker, False, **resources)
+    made = _mapped(blocks, _TableProcess, make_worker, False, **resources)
     # Ray Data cuts large tables to blocks of its own.
-    blocks: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
+    found: Iterator[Any] = iter(made.iter_batches(batch_size=None, batch_format="pyarrow"))
     left: list[pa.Table] = []
     for wanted in num_rows:
-        while sum(len(block) for block in left) < wanted:
-            left.append(next(blocks))
+        while sum(map(len, left)) < wanted:
+            left.append(next(found))
         whole = pa.concat_tables(left)
         yield whole.slice(0, wanted)
         left = [whole.slice(wanted)]
 
 
-def _mapped(refs: list[Ref], function: Any, make_worker: Any, shows_progress: bool, **resources: Any) -> Any:
+def _mapped(
+    blocks: list[pa.Table], function: Any, make_worker: Any, shows_progress: bool, **resources: Any
+) -> Any:
     """The pipeline, not begun. One shard is one batch, so that whatever finished is not done again."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the plan of every pipeline is no news to a user
-    dataset = ray.data.from_arrow_refs(refs)
+    dataset = ray.data.from_blocks(blocks)  # from_arrow has a task for each, and keeps 40 KiB of each
     dataset.context.enable_progress_bars = shows_progress
     dataset.context.execution_options.preserve_order = function is _TableProcess
     with warnings.catch_warnings():
@@ -268,7 +295,9 @@ def _work(batch: pa.Table, make_worker: MakeWorker, run_id: str) -> pa.Table:
     return _results(results)
 
 
-def _results(results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False) -> pa.Table:
+def _results(
+    results: Sequence[str | None], mistake: str | None = None, is_of_storage: bool = False
+) -> pa.Table:
     return pa.table(
         {
             "result": pa.array(results, pa.string()),

@@ -68,7 +68,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        head_dim=16,
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.3,

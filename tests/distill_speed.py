@@ -1,6 +1,7 @@
 """What distilling costs beside the engine: Ray, files and the driver at many rows, and one and two actors at real ones.
 
     python tests/distill_speed.py rows --num-rows 10000 100000 1000000    # a generator that answers at once
+    python tests/distill_speed.py rows --num-rows 32000 --rows-per-part 4  # what a file costs the driver
     python tests/distill_speed.py actors --num-rows 512                   # the demo's base: bare engine, one actor, two
 
 `rows`: each size in a driver process of its own, whose peak memory is the driver's. `actors`: the same prompts through
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -109,6 +111,9 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
     (first_s, first_rows, first_tokens), (last_s, *_) = times[0], times[-1]
     rows, tokens = sum(time[1] for time in times), sum(time[2] for time in times)
     steady_s = last_s - first_s
+    # While all actors work: the first have loaded before the last, and end before it.
+    middle = slice(2 * len(times) // 5, 9 * len(times) // 10)
+    done = np.cumsum([time[1] for time in times])
     record = provenance.read(config.artifact("distilled"))
     assert record is not None
     return {
@@ -117,6 +122,7 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - started_s,
         "first_part_s": first_s - started_s,
         "rows_per_s": (rows - first_rows) / steady_s,
+        "middle_rows_per_s": np.polyfit([time[0] for time in times[middle]], done[middle], 1)[0],
         "tokens_per_s": (tokens - first_tokens) / steady_s,
         "tokens_per_actor_s": record["num_reply_tokens"] / record["actor_seconds"],  # loaded to last part
         "occupancy": record["occupancy"],
@@ -126,6 +132,7 @@ def measured(config: RunConfig, load_engine: Any = None) -> dict[str, Any]:
 def start_ray(num_cpus: int) -> float:
     started_s = time.perf_counter()
     ray.init(
+        address="local",  # whatever other cluster this machine has
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=300 * 2**20,
@@ -136,14 +143,16 @@ def start_ray(num_cpus: int) -> float:
     return time.perf_counter() - started_s
 
 
-def many_rows(num_rows: int) -> dict[str, Any]:
+def many_rows(num_rows: int, rows_per_part: int | None) -> dict[str, Any]:
     """One size, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder), ([1 + i % 200, 2, 3, 4, 5, 6, 7, 8] for i in range(num_rows)))
         before_mib = peak_mib()
         ray_s = start_ray(2)
-        result = measured(config_of(Path(folder), num_actors=2), instant)
-        return {**result, "ray_s": ray_s, "peak_before_mib": before_mib, "driver_peak_mib": peak_mib()}
+        before_s = time.process_time()
+        result = measured(config_of(Path(folder), num_actors=2, rows_per_part=rows_per_part), instant)
+        result |= {"ray_s": ray_s, "driver_cpu_s": time.process_time() - before_s}
+        return {**result, "peak_before_mib": before_mib, "driver_peak_mib": peak_mib()}
 
 
 def peak_mib() -> float:
@@ -182,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["rows", "actors"])
     parser.add_argument("--num-rows", type=int, nargs="+", required=True)
+    parser.add_argument("--rows-per-part", type=int)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -190,7 +200,7 @@ def main() -> None:
         for num_rows in arguments.num_rows:  # peak memory is a process's own
             subprocess.run([sys.executable, __file__, "rows", "--num-rows", str(num_rows)], check=True)
     elif arguments.what == "rows":
-        print(json.dumps(many_rows(arguments.num_rows[0])), flush=True)
+        print(json.dumps(many_rows(arguments.num_rows[0], arguments.rows_per_part)), flush=True)
     else:
         prompts = real_prompts(arguments.num_rows[0])
         print(json.dumps({"ray_s": start_ray(2)}), flush=True)

@@ -1,10 +1,13 @@
 """An adapter's folder is a base like any other: it would otherwise be trained for, served or evaluated without."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from fsspec import AbstractFileSystem
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -13,6 +16,8 @@ from medusa_ray.chat import Chat
 from medusa_ray.medusa import base as base_of
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.compiled import library_of
+from medusa_ray.medusa.engine import Engine
+from medusa_ray.medusa.heads import MedusaHeads
 
 TOKENS = torch.tensor([[1, 4, 40, 41, 42, 2, 5, 77]])
 
@@ -130,3 +135,64 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_with_both_numbe
     chat.tokenizer.add_tokens(["<|extra|>"])
     with pytest.raises(ValueError, match="has 263 tokens, but the model has embeddings for 262"):
         chat.check_vocabulary(str(tiny_base))
+
+
+@pytest.fixture
+def bucket(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
+    """Storage with the base at memory://base, and a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage = fsspec.filesystem("memory")
+    storage.put(str(tiny_base), "/base", recursive=True)
+    yield storage
+    storage.rm("/base", recursive=True)
+
+
+def test_a_base_at_a_uri_is_brought_once_and_again_when_it_has_changed(
+    bucket: AbstractFileSystem, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = []
+    get_file = type(bucket).get_file
+    monkeypatch.setattr(
+        type(bucket),
+        "get_file",
+        lambda self, file, *rest: brought.append(file) or get_file(self, file, *rest),
+    )
+    first = base_of.fetched("memory://base")
+    assert sorted(path.name for path in Path(first).iterdir()) == sorted(
+        path.name for path in tiny_base.iterdir()
+    )
+    assert base_of.fetched("memory://base") == first
+    assert len(brought) == len(set(brought))
+    bucket.pipe_file("/base/config.json", (tiny_base / "config.json").read_bytes() + b" ")
+    assert base_of.fetched("memory://base") != first
+    with pytest.raises(FileNotFoundError, match="there is nothing at memory://none"):
+        base_of.fetched("memory://none")
+
+
+def test_an_engine_loads_from_uris_as_from_folders(
+    bucket: AbstractFileSystem, tiny_base: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=32, vocab_size=262)
+    heads.save(tmp_path / "heads", str(tiny_base))
+    (tmp_path / "heads" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
+    bucket.put(str(tmp_path / "heads"), "/base/heads", recursive=True)
+    here, there = (
+        Engine.load(where, f"{folder}/heads", compile="no")
+        for where, folder in ((str(tiny_base), tmp_path), ("memory://base", "memory://base"))
+    )
+    assert there.tree == here.tree
+    assert there.tree.paths == ((0,), (1,), (0, 0))
+    replies = [[reply.token_ids for reply in engine.generate(prompts[:2], 8)] for engine in (here, there)]
+    assert replies[0] == replies[1]
+
+
+def test_an_adapter_and_its_base_may_both_be_uris(
+    bucket: AbstractFileSystem, adapter: Path, tiny_base: Path
+) -> None:
+    bucket.put(str(adapter), "/base/adapter", recursive=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    moved = json.dumps(config | {"base_model_name_or_path": "memory://base"}).encode()
+    bucket.pipe_file("/base/adapter/adapter_config.json", moved)
+    there = base_of.load("memory://base/adapter", torch.float32, "cpu")
+    assert torch.equal(there(TOKENS).logits, base_of.load(str(adapter), torch.float32, "cpu")(TOKENS).logits)
+    assert Chat.load("memory://base/adapter").text([40]) == Chat.load(str(tiny_base)).text([40])

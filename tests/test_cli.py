@@ -28,6 +28,7 @@ from medusa_ray.config import HeadsConfig, RunConfig, UserError
 
 STAGES = ["data", "distill", "hidden", "train", "evaluate"]
 VERBS = ["demo", "validate", "plan", *STAGES, "run", "serve", "bench", "report", "profile", "push", "pull"]
+VERBS += ["submit", "jobs"]
 
 
 class Done(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_heads import OracleHeads
 from test_engine import TREES
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ray.medusa import compiled
 from medusa_ray.medusa.engine import Engine
@@ -54,6 +54,31 @@ def test_replies_equal_those_of_generate(cache, tiny_base, prompts, plain_replie
     if tree:
         engine.heads.replies = {tuple(p): r for p, r in zip(prompts, plain_replies, strict=True)}
     assert [d.token_ids for d in engine.generate(prompts, max_new_tokens=40)] == plain_replies
+
+
+@pytest.fixture
+def paged_base(tiny_base: Path, tmp_path: Path) -> Path:
+    """As tiny_base, but with heads that the kernel for pages takes."""
+    folder = tmp_path / "paged"
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_base, head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@needs_compiler
+def test_replies_of_a_base_whose_pages_are_read_in_place_equal_the_eager_ones(
+    cache, paged_base, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # others count what is in the cache
+    eager = Engine.load(str(paged_base), max_total_tokens=256).generate(prompts, max_new_tokens=40)
+    replies = [done.token_ids for done in eager]
+    for tree, batch_size in ((None, 5), ("chain", 1), ("tree", 12)):
+        engine = compiled_engine(paged_base, tree, max_batch_size=batch_size)
+        assert engine.mode == "compiled"
+        if tree:
+            engine.heads.replies = {tuple(p): r for p, r in zip(prompts, replies, strict=True)}
+        assert [done.token_ids for done in engine.generate(prompts, max_new_tokens=40)] == replies
 
 
 @needs_compiler

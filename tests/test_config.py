@@ -243,9 +243,25 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path, overrides: list[str
 
 
 def test_actors_are_a_number_or_as_many_as_fit_or_a_range() -> None:
-    assert [config.actor_range(wish) for wish in (3, "3", "auto", "2-8")] == [
+    assert [config.least_and_most(wish) for wish in (3, "3", "auto", "2-8")] == [
         (3, 3), (3, 3), (1, math.inf), (2, 8),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        *(([f"train.num_workers={wrong}"], r"such as 2-8") for wrong in ("0", "4-2", "0-3", "auto", "2-", "few")),
+        (["train.placement=strict"], r"train\.placement is 'strict'"),
+        (["hidden.gpus_per_actor=1.5"], r"hidden\.gpus_per_actor is 1\.5"),
+        (["train.num_workers=1-2", "hidden.mode=stream"], r"Give one number, or set hidden\.mode to 'compute'"),
+        (["hidden.gpus_per_actor=0.5", "hidden.mode=stream"], r"Leave the first out"),
+        (["train.accelerator_type=L4", "hidden.mode=stream"], r"hidden\.accelerator_type None and train.*'L4'"),
+    ],
+)
+def test_workers_that_cannot_be_placed_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.load(RunConfig, write(tmp_path, RUN), overrides)
 
 
 def test_two_applications_may_not_share_a_route(tmp_path: Path) -> None:

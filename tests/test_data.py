@@ -350,7 +350,7 @@ def test_storage_that_fails_takes_no_finished_part_along(
         raise parts.StorageError("storage failed: 503")
         yield
 
-    monkeypatch.setattr(shards, "put", lambda shard: shard)
+    monkeypatch.setattr(shards, "block", lambda shard: shard)
     monkeypatch.setattr(shards, "tasks", lambda *_: {})
     monkeypatch.setattr(shards, "run", fail_after_a_part)
     with pytest.raises(UserError, match="storage failed"):

@@ -319,7 +319,9 @@ def test_rows_of_another_config_are_refused_and_not_removed(tmp_path: Path, tiny
     assert len(rows_of(config, "distilled")) == 8
 
 
-def test_parts_are_few_and_never_large(tmp_path: Path, tiny_base: Path) -> None:
+def test_parts_are_few_and_never_large(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = f"{tmp_path}/prompts/train"
     sizes = {}
     for num_rows in (1, 64, 6400, 100_000):
@@ -328,6 +330,18 @@ def test_parts_are_few_and_never_large(tmp_path: Path, tiny_base: Path) -> None:
         config = config_of(tmp_path, tiny_base, rows_per_part=None)
         sizes[num_rows] = distill.rows_per_part(config, f"{tmp_path}/prompts")
     assert sizes == {1: 1, 64: 1, 6400: 100, 100_000: 512}
+    monkeypatch.setattr(distill, "MOST_PARTS", 100)
+    assert distill.rows_per_part(config, f"{tmp_path}/prompts") == 1000
+
+
+def test_more_files_than_names_can_keep_in_order_are_refused(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """part-1000000 would come before part-999999."""
+    make_prompts(tmp_path, tiny_base)
+    monkeypatch.setattr(parts, "MOST", 2)
+    with pytest.raises(UserError, match=r"rows_per_part is 4, which makes \d+ files; expected 2 at most\. Raise it"):
+        distill.run(config_of(tmp_path, tiny_base))
 
 
 def test_ids_that_stand_there_twice_are_refused(tmp_path: Path) -> None:

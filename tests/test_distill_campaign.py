@@ -116,15 +116,14 @@ def actors() -> list[psutil.Process]:
 
 
 def kill_node(cluster: Cluster) -> None:
-    """All of its processes at once, as when a machine is gone; another one joins."""
-    (node,) = cluster.worker_nodes
+    """All processes of one at once, as when a machine is gone."""
+    node = min(cluster.worker_nodes, key=lambda node: node.node_id)
     processes = [
         psutil.Process(info.process.pid) for infos in node.all_processes.values() for info in infos
     ]  # fmt: skip
     for process in [*processes, *(child for one in processes for child in one.children(recursive=True))]:
         process.kill()
     cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(**NODE)
 
 
 class Watch(Thread):
@@ -170,6 +169,7 @@ def test_twenty_kills_lose_no_row_and_repeat_none(cluster: Cluster, tmp_path: Pa
             numbers.choice(alive).kill()
         elif kind == "node":
             kill_node(cluster)
+            cluster.add_node(**NODE)
         else:
             driver.kill()
             driver.wait()

@@ -59,7 +59,7 @@ FLOORS = {
         ),
         *(f"medusa.{name}" for name in ["scheduler", "replies", "guesser", "sharded", "engine", "reference", "states"]),
     },
-    STAGES: {*STAGE_MODULES, "shards"},
+    STAGES: {*STAGE_MODULES, "interfaces", "shards"},
     DOOR: {"cli", "demo", "doctor"},
 }
 # The floor where each library first appears.
@@ -79,7 +79,7 @@ LIBRARIES = {
         "starlette",
         "tensorboard",
     },
-    DOOR: {"rich", "typer"},
+    DOOR: {"aiohttp", "rich", "typer"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

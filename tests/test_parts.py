@@ -1,5 +1,6 @@
 """What is on disk at any moment is what a killed run can go on with."""
 
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,3 +117,25 @@ def test_a_folder_that_does_not_answer_is_not_an_empty_one(
             with pytest.raises((OSError, UserError), match="503 Slow Down"):
                 act()
     assert parts.begin(folder, "key") == {"part-000000"}
+
+
+def test_parts_are_read_ahead_in_their_order_and_only_so_far(tmp_path: Path) -> None:
+    """A bucket answers after tens of milliseconds, of which a driver that waits for each has a million."""
+    for index in range(5):
+        parts.write(str(tmp_path), parts.part_name(index), TABLE.slice(0, index % 3))
+    assert list(parts.sizes(str(tmp_path))) == [(parts.part_name(i), i % 3) for i in range(5)]
+    begun: list[int] = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.02 if item == 0 else 0)
+        if item == 90:
+            raise OSError("gone")
+        return item
+
+    found = parts.ahead(read, range(100))
+    assert next(found) == 0
+    assert len(begun) <= parts.READERS + 1
+    assert next(found) == 1
+    with pytest.raises(OSError, match="gone"):
+        list(found)

@@ -222,6 +222,25 @@ def test_workers_get_every_part_into_a_bucket_that_stumbles(
     assert min(bucket.faults[name] for name in ("refused", "denied", "silent")) > 0
 
 
+def test_a_part_is_so_many_requests_to_a_bucket_however_many_there_are(
+    bucket: Bucket, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the whole folder for each would be thousands, of a billion rows."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", options_of(bucket))
+    filesystem_of(bucket).mkdir("bucket")
+    make_prompts("s3://bucket/run", tiny_base)
+    config = config_of("s3://bucket/run", tiny_base)
+    generator = worker(config)
+    generator.hidden = None  # captured states are a second file
+    numbers = []
+    for shard in distill.plan("s3://bucket/run/prompts/train", 4):
+        before = bucket.num_requests
+        generator(shard)
+        numbers.append(bucket.num_requests - before)
+    print(f"\n{numbers} requests")
+    assert max(numbers) <= 25
+
+
 @pytest.mark.ray
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)

@@ -101,5 +101,8 @@ def test_shards_without_a_place_of_their_own_are_refused() -> None:
         UserError, match="tensor_parallel 2, but 1 placement_group_bundles; give one for each shard"
     ):
         config.parse(ServeConfig, {"applications": [app]}, "x.yaml")
-    override["placement_group_bundles"] *= 2
+    override["placement_group_bundles"] = [{"CPU": 1, "accelerator_type:L4": 0.001}] * 2
     config.parse(ServeConfig, {"applications": [app]}, "x.yaml")
+    override["ray_actor_options"] = {"accelerator_type": "L4"}
+    with pytest.raises(UserError, match=r"first shard alone, .* Name them in placement_group_bundles"):
+        config.parse(ServeConfig, {"applications": [app]}, "x.yaml")

@@ -41,6 +41,28 @@ def test_a_pool_is_no_larger_than_the_cluster_the_wish_or_the_work(cluster_of: C
     assert shards.tasks(1000, 6)["compute"].size == 4
 
 
+def test_a_pool_counts_what_nodes_of_its_type_have(
+    cluster_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor that waits for a type that no node has waits for ever."""
+    cluster_of(CPU=24.0, GPU=14.0)
+    sizes = [
+        ("accelerator_type:L4", 2.0, True),
+        ("accelerator_type:L4", 4.0, False),
+        ("accelerator_type:H100", 8.0, True),
+    ]
+    nodes = [{"Alive": alive, "Resources": {"CPU": 8.0, "GPU": num, name: 1.0}} for name, num, alive in sizes]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    pool = shards.actors("auto", 99, "cuda", accelerator_type="L4")
+    assert (pool["compute"].max_size, pool["accelerator_type"]) == (2, "L4")
+    assert "accelerator_type" not in shards.actors("auto", 99, "cuda")
+    assert shards.room(4, 1, "cuda", "H100") == (1, 1, 1)
+    with pytest.raises(
+        UserError, match=r"hidden.accelerator_type is 'A100', but the nodes have H100, L4\. Name one"
+    ):
+        shards.actors(1, 9, "cuda", accelerator_type="A100", section="hidden")
+
+
 def test_trainers_and_their_actors_fit_on_the_cluster(cluster_of: Callable[..., None]) -> None:
     """A trainer holds its GPU for as long as it waits for an actor that finds none."""
     for num_gpus in range(1, 10):
@@ -100,8 +122,8 @@ def test_a_users_mistake_in_a_worker_reaches_the_user(ray_cluster: None) -> None
 
         return work
 
-    good = [shards.put({"n": n}) for n in (0, 1)]
+    good = [shards.block({"n": n}) for n in (0, 1)]
     results = shards.run("test", good, make_worker, **shards.tasks(2, 1))
     assert sorted(result["twice"] for result in results) == [0, 2]
     with pytest.raises(UserError, match=r"^two is one too many$"):
-        list(shards.run("test", [*good, shards.put({"n": 2})], make_worker, **shards.tasks(3, 1)))
+        list(shards.run("test", [*good, shards.block({"n": 2})], make_worker, **shards.tasks(3, 1)))

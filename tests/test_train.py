@@ -175,6 +175,22 @@ def test_a_plan_that_others_go_on_with_takes_the_rest_and_nothing_twice() -> Non
     assert sum(end - start for start, end in again.spans) == 1000 - 210 - 150
 
 
+def test_a_step_takes_as_many_positions_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    """Fewer take more each, so that learning rates and the number of steps stay what they were."""
+    config = write_run(tmp_path, num_rows=200, num_workers="1-4", gradient_accumulation_steps=2)
+    full = Job.of(config, corpus_of(config), None, "cpu")  # 200 rows of 10 positions, in steps of 4 * 2 * 8
+    found = {n: replace(full, num_workers=n) for n in (4, 3, 2, 1)}
+    assert {n: (job.per_step, job.num_micro_batches) for n, job in found.items()} == {
+        4: (16, 2), 3: (22, 3), 2: (32, 4), 1: (64, 8),
+    }  # fmt: skip
+    assert {n: job.epoch(0).num_steps for n, job in found.items()} == {4: 32, 3: 31, 2: 32, 1: 32}
+    for n, job in found.items():
+        shares = [list(steps_of(feed_of(config, rank), job.epoch(0))) for rank in range(n)]
+        assert {len(micro) for share in shares for micro in share} == {job.num_micro_batches}
+        ids = [row_id for share in shares for micro in share for batch in micro for row_id in batch.id_N if row_id]
+        assert Counter(Counter(ids).values()) == {10: 200}
+
+
 def test_windows_of_a_long_line_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every worker would otherwise have to hold all states."""
     monkeypatch.setattr(order, "WINDOW_POSITIONS", 50)

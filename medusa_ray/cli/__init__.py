@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STAGES = ("data", "distill", "hidden", "train", "evaluate")
 Layout = Literal["tgi", "vllm", "trtllm", "modelopt", "fasterdecoding"]  # medusa.layouts.Format, which imports torch
+SENT_BY = "MEDUSA_RAY_SENT_BY"  # in a job: the version of medusa_ray that has sent it
 BaseSize = Literal["0.9m", "8m"]  # the names of demo.train_base.RECIPES, which takes seconds to import
 
 app = typer.Typer(
@@ -45,6 +46,10 @@ Overrides = Annotated[
 def main() -> None:
     """The command `medusa-ray`."""
     try:
+        if SENT_BY in os.environ:
+            from medusa_ray.cli import jobs
+
+            jobs.check_sender()
         app()
     except ValueError as error:
         from medusa_ray.config import UserError
@@ -276,7 +281,7 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="torch threads on a CPU.")] = 1,
     device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
-    out: Annotated[Path | None, typer.Option(help="JSON file that takes all that was measured.")] = None,
+    out: Annotated[str | None, typer.Option(help="JSON file or URI that takes all that was measured.")] = None,
 ) -> None:
     """Step cost by rows and tree nodes on this machine, the tree size it suggests, and speed beside transformers."""
     from rich.table import Table
@@ -298,7 +303,7 @@ def profile(
     if out:
         from medusa_ray import provenance
 
-        provenance.write_json(str(out), found)
+        provenance.write_json(out, found)
     console = Console() if Console().is_terminal else Console(width=160)
     for headers, rows in stage.tables(found):
         grid = Table(*headers)
@@ -436,6 +441,95 @@ def import_(
         _, notes = exchange.import_heads(folder, out, base)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+jobs_app = typer.Typer(help="Jobs that `submit` has sent: list, follow and stop them.", no_args_is_help=True)
+app.add_typer(jobs_app, name="jobs")
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The cluster's dashboard, http://HEAD:8265; RAY_API_SERVER_ADDRESS or RAY_ADDRESS by default.",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", show_default=False)]
+
+
+@app.command()
+def submit(
+    words: Annotated[
+        list[str], typer.Argument(metavar="-- VERB ...", help="Any verb, as here.", show_default=False)
+    ],
+    address: Address = None,
+    working_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder or URI that the job starts in; the folder that you are in where VERB names a file of it.",
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Ray's runtime environment, as YAML or JSON.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A variable; KEY alone sends its value here."),
+    ] = None,
+    job_id: Annotated[str | None, typer.Option(metavar="ID", help="VERB and eight digits by default.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the job's id and leave it; else its log until its end.")
+    ] = False,
+    send_code: Annotated[
+        bool,
+        typer.Option("--send-code", help="Send this medusa_ray in place of the one that the cluster has."),
+    ] = False,
+) -> None:
+    """Run a verb as a Ray job: its log comes here, its exit code is this command's; Ctrl-C leaves it running."""
+    from medusa_ray.cli import jobs
+
+    verb = jobs.Verb(words)
+    environment = jobs.environment(runtime_env, env or (), working_dir, send_code, verb.reads_here())
+    checked = verb.check(environment.get("working_dir"))
+    client = jobs.connect(address)
+    for what, uri in verb.outputs(checked):
+        if jobs.is_local(uri) and jobs.has_several_nodes(client):
+            print(f"medusa-ray: note: {what} is {uri}, which all nodes must share.", file=sys.stderr)
+    sent = jobs.submit(client, verb, environment, job_id)
+    print(sent if detach else f"job {sent}", flush=True)
+    if not detach:
+        raise typer.Exit(jobs.follow(client, sent))
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """Submitted jobs and how they ended, the newest last."""
+    from rich.table import Table
+
+    from medusa_ray.cli import jobs
+
+    grid = Table("job", "status", "started, UTC", "seconds", "exit code", "verb")
+    for row in jobs.rows(jobs.connect(address)):
+        grid.add_row(*row)
+    console = Console() if Console().is_terminal else Console(width=160)
+    console.print(grid)
+
+
+@jobs_app.command("follow")
+def follow_job(job_id: JobId, address: Address = None) -> None:
+    """The log of a job, from its beginning until its end; the job's exit code."""
+    from medusa_ray.cli import jobs
+
+    raise typer.Exit(jobs.follow(jobs.connect(address), job_id))
+
+
+@jobs_app.command("stop")
+def stop_job(job_id: JobId, address: Address = None) -> None:
+    """Stop a job, which saves first what it can. Servers that it has started go on."""
+    from medusa_ray.cli import jobs
+
+    print(f"{job_id}: {jobs.stop(jobs.connect(address), job_id)}")
 
 
 # ---------------------------------------------------------------------------------------------------- running

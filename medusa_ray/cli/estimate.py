@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.compute as pc
 
 from medusa_ray import parts, provenance, records
@@ -85,7 +86,7 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
     num_chats = int(sum(sample.num_chats for sample in found.values())) or None
     num_rows = min(filter(None, (num_chats, run.data.num_train)), default=None)
     amount = count(run, num_rows)
-    per_step = train.batch_size * train.gradient_accumulation_steps * train.num_workers
+    per_step = train.batch_size * train.gradient_accumulation_steps * train.most_workers
     uris = " ".join(source.uri for source in run.data.train)
     rows = f"{num_rows:,}" if num_rows else f"unknown: {uris} cannot be counted cheaply"
     if num_rows and not all(sample.is_counted for sample in found.values()):
@@ -101,7 +102,7 @@ def estimate(run: RunConfig) -> list[tuple[str, str]]:
             ("passes of the base", passes(run, amount)),
         ]
         if run.joint:
-            per_step = run.joint.batch_size * run.joint.gradient_accumulation_steps * train.num_workers
+            per_step = run.joint.batch_size * run.joint.gradient_accumulation_steps * train.most_workers
             steps = run.joint.epochs * math.ceil(amount.num_rows / per_step)
             lines.append(("optimizer steps of joint training", f"{amount.most}{steps:,}"))
     if base is None:
@@ -222,7 +223,7 @@ def num_head_parameters(base: Base, heads: HeadsConfig) -> int:
 def train_worker_bytes(base: Base, heads: HeadsConfig, train: TrainConfig) -> float:
     """Heads, gradients and optimizer, and the logits that are there at a time with their gradient, in fp32."""
     optimizer = MASTER_BYTES[train.dtype] + MOMENT_BYTES[train.optimizer]
-    sharded = optimizer / (train.num_workers if train.zero_stage else 1)
+    sharded = optimizer / (train.least_workers if train.zero_stage else 1)
     draft_vocab_size = heads.draft_vocab_size or base.vocab_size
     output_layer = 0 if heads.layout == "own" else draft_vocab_size * base.hidden_size * BYTES[train.dtype]
     logits = 2 * 4 * min(train.batch_size * draft_vocab_size, MAX_LOGITS) * heads.num_heads
@@ -261,6 +262,11 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     path = Path(name) / file
     if path.exists():
         return path
+    if "://" in name:
+        try:
+            return Path(fsspec.open_local(f"filecache::{name}/{file}"))
+        except FileNotFoundError:
+            return None
     from huggingface_hub import hf_hub_download
 
     try:

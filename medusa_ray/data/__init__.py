@@ -56,11 +56,11 @@ def run(config: RunConfig) -> str:
     plan = make_plan(sources, config.data, _by_ray)
     parts.begin(folder, provenance.key(settings, inputs))
     done = {split: set(parts.names(f"{folder}/{split}")) for split in plan.keeps}
-    refs = [shards.put(shard) for shard in shards_of(plan, done)]
+    blocks = [shards.block(shard) for shard in shards_of(plan, done)]
     base = shards.base_of(config.model)
     make_worker = functools.partial(Renderer, parts.absolute(folder), base, config.model, config.data)
     try:
-        results = shards.run("data", refs, make_worker, **shards.tasks(len(refs), UNITS_PER_PROCESS))
+        results = shards.run("data", blocks, make_worker, **shards.tasks(len(blocks), UNITS_PER_PROCESS))
         splits, by_source = _count(results, plan, sources, config.data.over_long)
     except parts.StorageError:
         raise
@@ -86,8 +86,8 @@ def _by_ray(work: list[dict[str, Any]], make_worker: Callable[[], Any], num_byte
 
     if num_bytes <= SMALL_BYTES:
         return here(work, make_worker, num_bytes)
-    refs = [shards.put(shard) for shard in work]
-    return shards.run("data", refs, make_worker, **shards.tasks(len(refs), UNITS_PER_PROCESS))
+    blocks = [shards.block(shard) for shard in work]
+    return shards.run("data", blocks, make_worker, **shards.tasks(len(blocks), UNITS_PER_PROCESS))
 
 
 def _count(

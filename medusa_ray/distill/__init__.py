@@ -32,6 +32,7 @@ MOST_ROWS = (
     512  # of a part, where the config leaves it open: minutes of an actor's work, and files worth opening
 )
 LEAST_PARTS = 64  # so that actors end together where there are few rows
+MOST_PARTS = 250_000  # each costs the driver memory; in a billion rows they are larger
 PARTS_PER_PROCESS = 64  # of replies that only have to be copied
 
 
@@ -56,20 +57,25 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
     done = begin(config, distilled, captured, settings, inputs)
     num_rows = rows_per_part(config, prompts)
     all_shards = list(plan(f"{prompts}/train", max(1, num_rows // config.distill.samples)))
-    refs = [shards.put(shard) for shard in all_shards if shard["part"] not in done]
-    if refs:
+    if len(all_shards) > parts.MOST:
+        raise UserError(
+            f"distill.rows_per_part is {num_rows}, which makes {len(all_shards):,} files; expected {parts.MOST:,} at "
+            "most. Raise it, or leave it out."
+        )
+    blocks = [shards.block(shard) for shard in all_shards if shard["part"] not in done]
+    if blocks:
         _refuse_twins(f"{prompts}/train")
     longest = made["splits"]["train"]["longest_prompt_tokens"]
     make_worker, resources = _workers(
-        config, prompts, distilled, captured, longest, len(refs), num_rows, load_engine
+        config, prompts, distilled, captured, longest, len(blocks), num_rows, load_engine
     )
     started_s, ours, total = time.monotonic(), Facts(), Facts()
-    for facts in shards.run("distill", refs, make_worker, **resources):
+    for facts in shards.run("distill", blocks, make_worker, **resources):
         rows.add(ours, facts)
     seconds = time.monotonic() - started_s
-    for shard in all_shards:
-        if shard["part"] in done:
-            rows.add(total, rows.read_facts(distilled, shard["part"]))
+    earlier = [shard["part"] for shard in all_shards if shard["part"] in done]
+    for facts in parts.ahead(lambda part: rows.read_facts(distilled, part), earlier):
+        rows.add(total, facts)
     rows.add(total, ours)
     if not total["rows"]["good"]:
         raise UserError(_why_none(config, shards.base_of(config.model), total["rows"]))
@@ -80,7 +86,7 @@ def run(config: RunConfig, load_engine: "LoadEngine | None" = None) -> str:
 
 def identity(config: RunConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings and inputs that the rows depend on."""
-    free: Any = {"num_actors": True, "gpus_per_actor": True, "batch_size": True}
+    free: Any = {"num_actors": True, "gpus_per_actor": True, "accelerator_type": True, "batch_size": True}
     free["server"] = {"url", "api_key_env", "concurrency", "timeout_s", "retries"}
     settings = {
         "model": config.model.model_dump(include={"revision", "dtype", "quantization"}),
@@ -122,15 +128,14 @@ def rows_per_part(config: RunConfig, prompts: str) -> int:
     if config.distill.rows_per_part:
         return config.distill.rows_per_part
     folder = f"{prompts}/train"
-    num_rows = config.distill.samples * sum(parts.num_rows(folder, name) for name in parts.names(folder))
-    return min(MOST_ROWS, -(-num_rows // LEAST_PARTS)) or 1
+    num_rows = config.distill.samples * sum(size for _, size in parts.sizes(folder))
+    return max(min(MOST_ROWS, -(-num_rows // LEAST_PARTS)), -(-num_rows // MOST_PARTS)) or 1
 
 
 def plan(prompts: str, most_rows: int) -> Iterator[shards.Shard]:
     """Runs of at most so many consecutive prompts, none across two files: the same ones every time."""
     index = itertools.count()
-    for name in parts.names(prompts):
-        num_rows = parts.num_rows(prompts, name)
+    for name, num_rows in parts.sizes(prompts):
         for start in range(0, num_rows, most_rows):
             length = min(most_rows, num_rows - start)
             yield {"part": parts.part_name(next(index)), "source": name, "start": start, "length": length}
@@ -182,6 +187,7 @@ def _workers(
         settings.gpus_per_actor if device == "cuda" else 1,
         at_a_time=shards_at_a_time(settings, num_rows),
         retries=attempts.MOST_STARTS,
+        accelerator_type=settings.accelerator_type,
     )
 
 
@@ -192,10 +198,12 @@ def _refuse_twins(prompts: str) -> None:
     """
 
     def ids() -> Iterator[list[str]]:
-        for name in parts.names(prompts):
-            yield parts.read(prompts, name, ["id"])["id"].to_pylist()
+        yield from parts.ahead(
+            lambda name: parts.read(prompts, name, ["id"])["id"].to_pylist(), parts.names(prompts)
+        )
 
-    hashes = np.sort(np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()]))
+    hashes = np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()])
+    hashes.sort()
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not suspects:
         return

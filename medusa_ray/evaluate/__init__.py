@@ -9,18 +9,16 @@ the baseline and transformers' own `generate` then answer the same prompts, and 
 
 import logging
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ray import card, provenance
+from medusa_ray import card, parts, provenance
 from medusa_ray.chat import Chat
 from medusa_ray.config import RunConfig, UserError
 from medusa_ray.evaluate import sweep
@@ -155,7 +153,7 @@ def measure(config: RunConfig, device: str) -> dict[str, Any]:
     provenance.write_json(f"{heads_folder}/accuracy.json", accuracy)
     provenance.write_json(f"{folder}/evaluation.json", evaluation)
     columns = [[row["id"] for row in prompts], texts, [row["reference"] for row in prompts]]
-    pq.write_table(pa.table(columns, schema=REPLIES), f"{folder}/replies.parquet")
+    parts.write(folder, "replies", pa.table(columns, schema=REPLIES))
     if settings.sweep:
         rows = {"test": prompts[num_calibrating:], "out_of_domain": strangers}
         if "train" in settings.sweep.splits:
@@ -239,12 +237,11 @@ def is_near_tie(model: PreTrainedModel, prompt: list[int], said: list[int], expe
 
 def _prompts(config: RunConfig, split: str) -> list[dict[str, Any]]:
     """Good rows of one split, in the order of their ids."""
-    folder = Path(config.artifact("prompts")) / split
-    files = sorted(folder.glob("*.parquet"))
+    folder = f"{config.artifact('prompts')}/{split}"
     rows = [
         row
-        for file in files
-        for row in check_columns(pq.read_table(file), PROMPTS, str(file)).to_pylist()
+        for name in parts.names(folder)
+        for row in check_columns(parts.read(folder, name), PROMPTS, f"{folder}/{name}.parquet").to_pylist()
         if row["error"] is None
     ]
     return sorted(rows, key=lambda row: row["id"])

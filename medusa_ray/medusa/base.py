@@ -1,15 +1,20 @@
-"""A folder or hub name -> the base model, its PEFT adapter merged in, and what can be known of it unloaded.
+"""A folder, URI or hub name -> the base model, its PEFT adapter merged in, and what can be known of it unloaded.
 
 Everybody loads a base here, so that an adapter's folder is a base like any other, whoever asks for it.
 
 # V vocabulary   C hidden
 """
 
+import fcntl
+import hashlib
 import json
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +33,35 @@ INDEX, WEIGHTS, ADAPTER_WEIGHTS = (
 OUTPUT_LAYERS = ("lm_head.weight", "embed_tokens.weight")
 
 
+def fetched(base: str) -> str:
+    """The folder of this machine that holds the base of a URI; folders and hub names are themselves.
+
+    The first process that asks brings it, to XDG_CACHE_HOME or ~/.cache, the others wait; a base that has changed is
+    another one. Raises OSError when nothing is there.
+    """
+    if "://" not in base:
+        return base
+    filesystem, path = fsspec.core.url_to_fs(base)
+    files = sorted(filesystem.find(path))
+    if not files:
+        raise FileNotFoundError(f"there is nothing at {base}")
+    stamp = json.dumps([base, *([file, filesystem.ukey(file)] for file in files)])
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa_ray"
+    folder = caches / "bases" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            for file in files:
+                target = unfinished / os.path.relpath(file, path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(file, str(target))
+            unfinished.rename(folder)
+    return str(folder)
+
+
 def load(
     base: str,
     dtype: torch.dtype | Literal["auto"],
@@ -36,12 +70,13 @@ def load(
     quantization: Quantization = "none",
     num_shards: int = 1,
 ) -> PreTrainedModel:
-    """The model of a folder or hub name, an adapter's merged into the base that it names.
+    """The model of a folder, URI or hub name, an adapter's merged into the base that it names.
 
     dtype: "auto" is the one that it is stored in. revision: of the hub name given. num_shards: of so many processes in
     torch's process group each calls this, and gets a shard. Raises OSError when it is neither, ValueError for what
     cannot be loaded, a missing package among it.
     """
+    base = fetched(base)
     options: dict[str, Any] = {"dtype": dtype}
     if num_shards > 1:
         check_shards(base, num_shards, device, revision, quantization)
@@ -76,6 +111,7 @@ def check_shards(
             f"tensor_parallel is {num_shards} on device cpu, but transformers lays a base over the GPUs there are. "
             "Set device to cuda, or tensor_parallel to 1."
         )
+    base = fetched(base)
     name, base_revision = under_adapter(base, revision)
     if name != base or quantization != "none":
         what = "an adapter" if name != base else "quantized"
@@ -98,9 +134,9 @@ def check_shards(
 
 
 def under_adapter(base: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Name and revision of the model below an adapter; those given for what is no adapter.
+    """Name and revision of the model below an adapter, a folder or hub name; those given for what is no adapter.
 
-    Raises ValueError for an adapter that names no base.
+    A base at a URI is a folder here. Raises ValueError for an adapter that names no base.
     """
     file = find_adapter_config_file(base, revision=revision)
     if file is None:
@@ -116,17 +152,18 @@ def under_adapter(base: str, revision: str | None = None) -> tuple[str, str | No
     beside = Path(base) / name
     if beside.exists() and not Path(name).exists():
         name = str(beside.resolve())
-    return name, adapter.get("revision")
+    return fetched(name), adapter.get("revision")
 
 
 def text_config(base: str, revision: str | None = None) -> Any:
     """The config of the language model in a base. Raises OSError or ValueError when there is none."""
-    name, revision = under_adapter(base, revision)
+    name, revision = under_adapter(fetched(base), revision)
     return AutoConfig.from_pretrained(name, revision=revision).get_text_config()
 
 
 def files_of(base: str, revision: str | None = None) -> list[Path]:
     """Every file that the weights of a base depend on: its config and tensors, an adapter's too."""
+    base = fetched(base)
     name, base_revision = under_adapter(base, revision)
     configs = [cached_file(name, "config.json", revision=base_revision)]
     if name != base:
@@ -143,6 +180,7 @@ def output_weight(base: str, revision: str | None = None) -> Tensor:
 
     Raises OSError when the base cannot be read, ValueError when it has no safetensors or none of the usual names.
     """
+    base = fetched(base)
     name, base_revision = under_adapter(base, revision)
     if name != base:
         adapter = _find(base, ADAPTER_WEIGHTS, revision)

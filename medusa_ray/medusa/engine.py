@@ -605,8 +605,11 @@ class Engine:
             PagedCache.pages_for(context + len(of.tree)),
         )
         times |= {rows: dict.fromkeys(of.trees, math.inf) for rows in numbers_of_rows}
-        # Round by round, so that what disturbs the machine for a moment does not fall on one size alone.
-        for rows, (size, tree) in [*itertools.product(numbers_of_rows, of.trees.items())] * repeats:
+        steps = [*itertools.product(numbers_of_rows, of.trees.items())]
+        # Round by round, so that what disturbs the machine for a moment does not fall on one size alone; and back again
+        # by turns, since a processor is slow for tens of milliseconds after a large step.
+        rounds = [steps[:: -1 if number % 2 else 1] for number in range(repeats)]
+        for rows, (size, tree) in itertools.chain.from_iterable(rounds):
             pages = self.cache.take(min(rows * width, self.cache.num_blank_pages))
             try:
                 batch = self._dummy(rows, context, width, pages)

@@ -69,7 +69,7 @@ class Guesser:
 
 def load(backbone: Backbone, heads: Heads, tree: TreeLike) -> tuple[MedusaHeads | None, Tree | None]:
     """Heads and tree for a Guesser, as Engine.load takes them. Raises ValueError or OSError."""
-    folder = None if isinstance(heads, MedusaHeads) or heads is None else Path(heads)
+    folder = None if isinstance(heads, MedusaHeads) or heads is None else str(heads)
     if folder is not None:
         heads = MedusaHeads.load(folder, dtype=backbone.dtype, device=str(backbone.device))
     assert heads is None or isinstance(heads, MedusaHeads)
@@ -111,7 +111,7 @@ def _check_fit(backbone: Backbone, heads: MedusaHeads | None, tree: Tree) -> Non
         )
 
 
-def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree | None:
+def _as_tree(tree: Any, heads: MedusaHeads | None, folder: str | None) -> Tree | None:
     """What the caller named, or None for the default."""
     if isinstance(tree, Tree):
         return tree
@@ -121,5 +121,7 @@ def _as_tree(tree: Any, heads: MedusaHeads | None, folder: Path | None) -> Tree 
         raise ValueError(f'tree is {tree!r}; expected "auto", "chain", rank paths or a Tree.')
     if tree is not None and tree != "auto":
         return Tree.from_paths(tree)
-    file = folder / "tree.json" if folder else None
-    return Tree.load(file) if file is not None and file.exists() else None
+    try:
+        return Tree.load(f"{folder}/tree.json") if folder else None
+    except FileNotFoundError:
+        return None

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import torch
 from torch import Tensor
 
@@ -112,11 +113,12 @@ class Tree:
 
     @classmethod
     def load(cls, file: str | Path) -> "Tree":
-        """From tree.json. Raises ValueError when it holds no tree."""
-        if (num_bytes := Path(file).stat().st_size) > MAX_FILE_BYTES:
+        """From tree.json, a path or a URI. Raises FileNotFoundError, and ValueError when it holds no tree."""
+        filesystem, path = fsspec.core.url_to_fs(str(file))
+        if (num_bytes := filesystem.size(path)) > MAX_FILE_BYTES:
             raise ValueError(f"{file} has {num_bytes} bytes; a tree has at most {MAX_FILE_BYTES}.")
         try:
-            record = json.loads(Path(file).read_text(encoding="utf-8"))
+            record = json.loads(filesystem.cat_file(path))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}.") from None
         if not isinstance(record, dict) or "paths" not in record:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from medusa_ray import interfaces
 from medusa_ray.config import EngineConfig
 from medusa_ray.medusa.backbone import Backbone
 from medusa_ray.medusa.engine import Engine
@@ -26,6 +27,7 @@ class Follower:
         try:
             if args.threads:
                 torch.set_num_threads(args.threads)
+            interfaces.choose()
             shards = Shards.join(dist.TCPStore(host, port), rank, args.tensor_parallel)
             dtype = getattr(torch, args.dtype)
             backbone = Backbone.load(args.base, dtype, device_of(args), num_shards=shards.num)
@@ -34,6 +36,14 @@ class Follower:
             log.exception("shard %d has failed", rank)
         finally:
             os._exit(1)  # others see the end of its connections, and wait no longer
+
+
+def store_at(host: str) -> dist.TCPStore:
+    """Where processes meet; torch's own would listen at every interface, and takes orders from whoever connects."""
+    socket = interfaces.listener(host)
+    port = socket.getsockname()[1]
+    fd = socket.detach()  # the store's from here on, which closes it
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
 
 
 class Followers:
@@ -49,7 +59,8 @@ class Followers:
                 "give one for each shard, or leave them out."
             )
         host = ray.util.get_node_ip_address()
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        interfaces.choose()
+        store = store_at(host)
         self._actors, self._ends = [], []
         for rank, bundle in list(enumerate(group.bundle_specs))[1:]:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)

@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from medusa_ray import parts, provenance, shards
@@ -27,18 +27,25 @@ from medusa_ray.train import checkpoints, joint
 from medusa_ray.train.corpus import Corpus
 from medusa_ray.train.engine import deepspeed_config
 from medusa_ray.train.journal import CURVE, check_trackers, line, read_curve
+from medusa_ray.train.meeting import Meeting
 from medusa_ray.train.order import Ints
 from medusa_ray.train.worker import STOP, STOPPED, Job, worker
 
 LOG = logging.getLogger("medusa_ray")
 # How often Ray Train's controller looks at its workers; its own 2 s would be lost at every start and end.
 POLL_S = "0.2"
+# How long it waits for room, each wait counting as a failure: its own 60 s are too few for a node to take the place of
+# one that was lost. A range of workers keeps these, after which Ray has noticed that the node is gone.
+NODE_S = "300"
+RESIZE_S = 60.0  # between two looks whether a wider cluster has room for more workers
 RUN = "run.json"  # in training/: the config and inputs of its checkpoints, and whether the run is over
 # What may be another when a run goes on: none of it changes what the heads learn, but for the order of the rows.
 FREE = {
     "num_workers", "batch_size", "gradient_accumulation_steps", "zero_stage", "logging_steps", "save_steps",
     "eval_steps", "max_failures", "trackers", "profile_steps", "deepspeed", "keep", "gradient_checkpointing",
 }  # fmt: skip
+
+PLACE = {"placement", "accelerator_type"}  # where workers run: heads are the same wherever
 
 
 def run(config: RunConfig) -> str:
@@ -64,7 +71,7 @@ def train_heads(config: RunConfig, name: str) -> None:
     settings = {
         "revision": config.model.revision,
         "heads": config.heads.model_dump(),
-        "train": config.train.model_dump(),
+        "train": config.train.model_dump(exclude=PLACE),
     }
     inputs = {"hidden": provenance.digest(hidden), "base": provenance.digest(config.model.base)}
     if provenance.is_complete(heads, settings, inputs):
@@ -90,7 +97,7 @@ def train_jointly(config: RunConfig) -> None:
     settings = {
         "model": config.model.model_dump(include={"revision", "dtype", "quantization"}),
         "loss_on": config.data.loss_on,
-        "train": config.train.model_dump(),
+        "train": config.train.model_dump(exclude=PLACE),
         "joint": config.joint.model_dump(),
     }
     inputs = {"distilled": provenance.digest(distilled), "warm_heads": provenance.digest(warm_heads)}
@@ -188,26 +195,27 @@ def stoppable(training: str) -> Iterator[None]:
 def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> TorchTrainer:
     """Raises UserError when the cluster has no room for the workers."""
     on_gpu = job.device == "cuda"
-    resource, num_workers = shards.resource_of(job.device), job.train.num_workers
-    if (there := int(ray.cluster_resources().get(resource, 0))) < num_workers:
+    train = job.train
+    resource, least, most = shards.resource_of(job.device), train.least_workers, train.most_workers
+    there = int(shards.count_of(resource, train.accelerator_type, "train.accelerator_type"))
+    if there < least:
         raise UserError(
-            f"train.num_workers is {num_workers}, and each takes a {resource}, but the cluster has {there}. Set it to "
-            f"{there} at most, or add nodes."
+            f"train.num_workers is {train.num_workers}, and each takes a {resource}, but the cluster has {there}. Set "
+            f"it to {there} at most, or add nodes."
         )
     share = 1.0
     if job.streamed:
         share, actor_share, num_actors = job.streamed.room
         LOG.info(
             "stage=train %ss=%d trainers=%d trainer_share=%.1f actors=%d actor_share=%.1f",
-            resource.lower(), there, num_workers, share, num_workers * num_actors, actor_share,
+            resource.lower(), there, most, share, most * num_actors, actor_share,
         )  # fmt: skip
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    if least == most:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", NODE_S)
     # Nothing here is compiled, but DeepSpeed would import the compiler: a second of every worker's start.
     environment = {"DS_ACCELERATOR": job.device, "TORCHDYNAMO_DISABLE": "1"}
-    addresses = [node["NodeManagerAddress"] for node in ray.nodes()]
-    if addresses == ["127.0.0.1"]:
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the host's name, which need not resolve
-    if len(addresses) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
+    if len(ray.nodes()) == 1:  # a process that waits for nodes to be reclaimed has nothing to wait for
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     api: Any = ray.train  # its stubs are those of Train V1, which knows fewer arguments
     loop: Any = worker
@@ -218,10 +226,13 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
             "output_layer": ray.put(output_layer_VC),
             "counts": ray.put(counts),
         },
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=Meeting(backend="nccl" if on_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
-            num_workers=num_workers,
+            num_workers=most if least == most else (least, most),
             use_gpu=on_gpu,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+            placement_strategy=train.placement.upper(),
+            accelerator_type=train.accelerator_type,
             resources_per_worker={"CPU": 1, "GPU": share} if on_gpu else {"CPU": 1},
         ),
         run_config=api.RunConfig(
@@ -229,7 +240,7 @@ def trainer(job: Job, output_layer_VC: Tensor | None, counts: list[Ints]) -> Tor
             storage_path=job.training,
             # A node that is lost before the workers have met counts as the controller's failure.
             failure_config=api.FailureConfig(
-                max_failures=job.train.max_failures, controller_failure_limit=job.train.max_failures
+                max_failures=train.max_failures, controller_failure_limit=train.max_failures
             ),
             worker_runtime_env={"env_vars": environment},
         ),

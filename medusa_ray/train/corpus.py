@@ -63,7 +63,7 @@ class Corpus:
             if len(held_R := np.flatnonzero(is_held_R & (count_R > 0))):
                 corpus.held_out.append((name, held_R))
             corpus.counts.append(np.where(is_held_R, 0, count_R))
-        if corpus.num_positions < config.train.num_workers:
+        if corpus.num_positions < config.train.most_workers:
             raise UserError(
                 f"{folder} has {corpus.num_positions} positions with a label for some head, and "
                 f"train.num_workers={config.train.num_workers} want one each at least. Give more chats, or allow "

@@ -86,8 +86,11 @@ class HeadTrainer(nn.Module):
         )
 
 
-def start(model: Any, train: TrainConfig, device: str) -> Any:
-    """A DeepSpeed engine around a model that names what is trained of it by `groups`."""
+def start(model: Any, train: TrainConfig, device: str, num_micro_batches: int) -> Any:
+    """A DeepSpeed engine around a model that names what is trained of it by `groups`.
+
+    num_micro_batches: of a step, which are more than the config says where workers are fewer than the most.
+    """
     import deepspeed  # here, since it looks for an accelerator, which the driver need not have
 
     if device == "cpu":
@@ -95,7 +98,7 @@ def start(model: Any, train: TrainConfig, device: str) -> Any:
     torch.backends.cuda.matmul.allow_tf32 = train.tf32
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     meet(device)
-    config = deepspeed_config(train)
+    config = deepspeed_config(train) | {"gradient_accumulation_steps": num_micro_batches}
     optimizer = None
     if "optimizer" not in config:
         optimizer = new_optimizer(model.groups(), train)

@@ -57,9 +57,16 @@ def from_base(distilled: str, base: str, device: str, streamed: Streamed) -> Sou
         asked = streamed.model, base, device, streamed.hidden, streamed.loss_on
         make_worker = functools.partial(Streamer, distilled, *asked)
         shares = list(wanted)
-        refs = [shards.put({"part": name, "rows": row_R.tolist()}) for name, row_R in shares]
-        resources = shards.actors(streamed.room.num_actors, len(refs), device, streamed.room.actor)
-        yield from shards.tables(refs, [len(row_R) for _, row_R in shares], make_worker, **resources)
+        blocks = [shards.block({"part": name, "rows": row_R.tolist()}) for name, row_R in shares]
+        resources = shards.actors(
+            streamed.room.num_actors,
+            len(blocks),
+            device,
+            streamed.room.actor,
+            accelerator_type=streamed.hidden.accelerator_type,
+            section="hidden",
+        )
+        yield from shards.tables(blocks, [len(row_R) for _, row_R in shares], make_worker, **resources)
 
     return stream
 

@@ -132,7 +132,7 @@ def survey(distilled: str, config: RunConfig) -> tuple[list[Ints], list[Wanted]]
         counts.append((is_usable_R & ~is_held_R).astype(np.int64))
         if len(held_R := np.flatnonzero(is_usable_R & is_held_R)):
             held_out.append((name, held_R))
-    if (num_rows := sum(int(count_R.sum()) for count_R in counts)) < config.train.num_workers:
+    if (num_rows := sum(int(count_R.sum()) for count_R in counts)) < config.train.most_workers:
         raise UserError(
             f"{distilled} has {num_rows} rows with a label, and train.num_workers={config.train.num_workers} want one "
             "each at least. Give more chats."
@@ -425,12 +425,12 @@ def adapted(base: Any, joint: JointConfig, name: str, revision: str | None) -> A
 
 def check(config: RunConfig) -> None:
     """Raises UserError for a base or for joint.targets that cannot be trained, no weight being loaded for that."""
-    from medusa_ray.medusa.base import under_adapter
+    from medusa_ray.medusa.base import fetched, under_adapter
     from medusa_ray.medusa.states import has_plain_logits
 
     assert config.joint is not None
     base, revision = config.model.base, config.model.revision
-    if under_adapter(base, revision)[0] != base:
+    if under_adapter(fetched(base), revision)[0] != fetched(base):
         raise UserError(
             f"model.base is {base}, an adapter, and joint training would put another one on top. Merge it, save the "
             "model, and set model.base to that folder."
@@ -491,6 +491,7 @@ class JointJob(Job):
             tree_nodes=config.evaluate.tree_nodes,
             heads=config.heads,
             train=settings_of(config.train, config.joint),
+            num_workers=config.train.most_workers,
             streamed=None,
             warm_heads=folders["warm_heads"],
             adapter=folders["adapter"],

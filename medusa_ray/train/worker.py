@@ -5,7 +5,7 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -50,6 +50,7 @@ class Job:
     tree_nodes: int  # of the tree that the held-out rows are judged by
     heads: HeadsConfig
     train: TrainConfig
+    num_workers: int  # that are there
     streamed: Streamed | None
 
     def new_model(self, output_layer_VC: Tensor | None) -> Any:
@@ -71,7 +72,9 @@ class Job:
     def of(cls, config: RunConfig, corpus: Corpus, token_map_M: Tensor | None, device: str) -> "Job":
         streamed = None
         if corpus.is_streamed:
-            room = shards.room(config.train.num_workers, config.hidden.num_actors, device)
+            room = shards.room(
+                config.train.most_workers, config.hidden.num_actors, device, config.train.accelerator_type
+            )
             streamed = Streamed(config.model, config.hidden, config.data.loss_on, room)
         return cls(
             hidden=corpus.folder,
@@ -87,13 +90,23 @@ class Job:
             tree_nodes=config.evaluate.tree_nodes,
             heads=config.heads,
             train=config.train,
+            num_workers=config.train.most_workers,
             streamed=streamed,
         )
 
     def epoch(self, number: int) -> Plan:
+        return Plan(number, ((0, self.num_positions),), self.num_workers, self.per_step)
+
+    @property
+    def per_step(self) -> int:
+        """Positions of a worker: all workers that are there together take what the most would, but for rounding."""
         train = self.train
-        per_step = train.gradient_accumulation_steps * train.batch_size
-        return Plan(number, ((0, self.num_positions),), train.num_workers, per_step)
+        of_all = train.gradient_accumulation_steps * train.batch_size * train.most_workers
+        return -(-of_all // self.num_workers)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return -(-self.per_step // self.train.batch_size)
 
 
 @dataclass
@@ -135,10 +148,11 @@ class Outcome(NamedTuple):
 
 def worker(config: dict[str, Any]) -> str | None:
     """Returns why training had to stop, or None when heads/ is written."""
-    job: Job = config["job"]
+    context = ray.train.get_context()
+    job: Job = replace(config["job"], num_workers=context.get_world_size())
     run = Run(
         job,
-        ray.train.get_context().get_world_rank(),
+        context.get_world_rank(),
         ray.get(config["output_layer"]),
         ray.get(config["counts"]),
     )
@@ -158,17 +172,17 @@ class Run:
         self.job, self.train, self.rank = job, job.train, rank
         self.output_layer_VC = output_layer_VC
         model = job.new_model(output_layer_VC)
-        self.engine = start(model, job.train, job.device)
+        self.engine = start(model, job.train, job.device, job.num_micro_batches)
         self.weight_W = model.weights().to(self.engine.device)
         self.state = self._resume()
         epoch = self.state.plan.epoch
         self.plans = [self.state.plan, *map(job.epoch, range(epoch + 1, job.train.epochs))]
         feed = Feed(counts, job.names, job.train.seed, job.source(), job.form, self.rank)
-        held_out = job.held_out[self.rank :: job.train.num_workers]
+        held_out = job.held_out[self.rank :: job.num_workers]
         self.held_out, self.steps = feed.open(held_out, self.plans, self.state.done, job.train.batch_size)
         self.journal = Journal(job.output, job.train, self.state.history) if self.rank == 0 else None
         self.stop = StopFile(f"{job.training}/{STOP}") if self.rank == 0 else None
-        self.meter = Meter(self.engine.device, model.dtype, model.flops_per_position, job.train.num_workers)
+        self.meter = Meter(self.engine.device, model.dtype, model.flops_per_position, job.num_workers)
         self.trace = Trace(job.train.profile_steps, job.output) if self.rank == 0 else None
 
     def _resume(self) -> State:
