@@ -47,7 +47,6 @@ NEEDS = Needs(
     bundles={"train": (Bundle("train.num_workers", {"CPU": 1, "GPU": 1}, 6),)},
     processes=(Process("a train worker", 10 * GIB, on_gpu=True),),
     disk_bytes=50 * GIB,
-    num_collective=6,
     compiles=True,
     http=("127.0.0.1", 8000),
 )
@@ -348,7 +347,10 @@ def test_a_run_asks_for_what_its_largest_stage_holds(tmp_path: Path) -> None:
     on_cpu, on_gpu = needs.of(run, "run.yaml", False), needs.of(run, "run.yaml", True)
     assert on_cpu.bundles["train"] == (Bundle("train.num_workers", {"CPU": 1}, 3),)
     assert on_gpu.bundles["distill"] == (Bundle("distill.num_actors", {"CPU": 1, "GPU": 1}, 2),)
-    assert (on_cpu.num_collective, on_cpu.compiles, on_gpu.compiles) == (3, True, False)
+    run = run_of(tmp_path, train={"num_workers": "2-8", "accelerator_type": "H100"}, hidden={"mode": "compute"})
+    on_h100 = {"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}
+    assert needs.of(run, "run.yaml", True).bundles["train"] == (Bundle("train.num_workers", on_h100, 2),)
+    assert (on_cpu.compiles, on_gpu.compiles) == (True, False)
     assert on_cpu.writes == (str(tmp_path / "run"),)
     assert on_cpu.inputs == (str(tmp_path / "chats.jsonl"),)
 
@@ -385,7 +387,7 @@ def test_a_serve_file_asks_for_its_fewest_replicas_and_all_their_shards() -> Non
     asked = needs.of(serve, "serve.yaml", True)
     shard = Bundle("a/Engine", {"CPU": 1, "GPU": 1}, 3)
     assert asked.bundles["serve"] == (shard, shard, Bundle("r/Router", {"CPU": 1}))
-    assert (asked.http, asked.wants_gpu, asked.num_collective) == (("127.0.0.1", 8000), True, 2)
+    assert (asked.http, asked.wants_gpu) == (("127.0.0.1", 8000), True)
 
 
 def test_only_run_and_serve_files_are_examined(tmp_path: Path) -> None:

@@ -160,7 +160,6 @@ class Needs:
     disk_bytes: float | None = None  # that the run writes; None where that cannot be known
     is_disk_bound: bool = False  # it is the most that it can be, and may be far less
     wants_gpu: bool = False  # the file names cuda
-    num_collective: int = 1  # processes that talk over gloo or NCCL
     compiles: bool = False  # a base on a CPU
     http: tuple[str, int] | None = None  # where Serve listens
     proxies: str = "HeadOnly"  # on which nodes

@@ -148,12 +148,10 @@ def network(cluster: Cluster, needs: Needs) -> Iterable[Finding]:
             address = (
                 "no address of this node" if at.address is None else f"{at.address}, where no other node is"
             )
-            # Ray's own traffic does not go there, so that what needs one process of a kind is not concerned.
-            is_needed = needs.num_collective > 1 or at.by.startswith("GLOO_SOCKET_IFNAME")
             yield Finding(
-                "network", "fault" if is_needed else "warning", f"gloo would take {address} (by {at.by})",
+                "network", "fault", f"gloo would take {address} (by {at.by})",
                 f"an address like {node.address}, which other nodes reach",
-                f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that has {node.address}", node.name,
+                f"unset GLOO_SOCKET_IFNAME, or name the interface that has {node.address}", node.name,
             )  # fmt: skip
     for name, others in _cut_off(cluster).items():
         found = True

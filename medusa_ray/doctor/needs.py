@@ -5,7 +5,14 @@ from dataclasses import replace
 
 from medusa_ray import parts
 from medusa_ray.cli import estimate
-from medusa_ray.config import ROUTER, ApplicationConfig, ResilientConfig, RunConfig, ServeConfig, actor_range
+from medusa_ray.config import (
+    ROUTER,
+    ApplicationConfig,
+    ResilientConfig,
+    RunConfig,
+    ServeConfig,
+    least_and_most,
+)
 from medusa_ray.data.sources import find_sources
 from medusa_ray.doctor.facts import Bundle, Needs, Process
 from medusa_ray.shards import base_of
@@ -21,16 +28,24 @@ def of(config: RunConfig | ServeConfig, file: str, has_gpu: bool) -> Needs:
 def of_run(run: RunConfig, file: str, has_gpu: bool) -> Needs:
     on_gpu = run.model.device == "cuda" or (has_gpu and run.model.device == "auto")
     device: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}
+
+    def placed(accelerator_type: str | None) -> dict[str, float]:
+        """Ray counts a node's type of GPU as a resource."""
+        return {f"accelerator_type:{accelerator_type}": 0.001} if accelerator_type else {}
+
     stages: dict[str, tuple[Bundle, ...]] = {}
     if run.distill.replies == "generate" and run.distill.engine == "own":
         share = {"GPU": run.distill.gpus_per_actor} if on_gpu else {}
+        share |= placed(run.distill.accelerator_type)
         num = _least(run.distill.num_actors)
         stages["distill"] = (Bundle("distill.num_actors", device | share, num),)
     if run.hidden.mode == "compute":
-        stages["hidden"] = (Bundle("hidden.num_actors", device),)
+        share = {"GPU": run.hidden.gpus_per_actor} if on_gpu else {}
+        share |= placed(run.hidden.accelerator_type)
+        stages["hidden"] = (Bundle("hidden.num_actors", device | share),)
     # Streaming takes a second CPU of each worker, but shares its GPU where there is no second one.
-    num_workers = run.train.num_workers * (2 if run.hidden.mode == "stream" and not on_gpu else 1)
-    stages["train"] = (Bundle("train.num_workers", device, num_workers),)
+    num_workers = run.train.least_workers * (2 if run.hidden.mode == "stream" and not on_gpu else 1)
+    stages["train"] = (Bundle("train.num_workers", device | placed(run.train.accelerator_type), num_workers),)
     stages["evaluate"] = (Bundle("evaluate", device),)
     sources = find_sources(run.data)
     return Needs(
@@ -40,7 +55,6 @@ def of_run(run: RunConfig, file: str, has_gpu: bool) -> Needs:
         bases=((base_of(run.model), run.model.revision),),
         bundles=stages,
         wants_gpu=run.model.device == "cuda",
-        num_collective=run.train.num_workers,
         compiles=run.evaluate.compile and not on_gpu,
     )
 
@@ -95,7 +109,6 @@ def of_serve(serve: ServeConfig, file: str, has_gpu: bool) -> Needs:
         bundles={"serve": tuple(b for app in serve.applications for b in _deployed(app))},
         processes=tuple(processes),
         wants_gpu=any(engine.device == "cuda" for engine in engines),
-        num_collective=max(engine.tensor_parallel for engine in engines),
         compiles=any(engine.compile != "no" and not on_gpu[id(engine)] for engine in engines),
         http=(serve.http_options.host, serve.http_options.port)
         if serve.proxy_location != "Disabled"
@@ -136,5 +149,5 @@ def absolute(uri: str) -> str:
 
 def _least(num_actors: int | str) -> int:
     """As many as have to start: of a plain number those that fit do."""
-    least, most = actor_range(num_actors)
+    least, most = least_and_most(num_actors)
     return 1 if least == most or math.isinf(most) else least

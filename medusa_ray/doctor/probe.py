@@ -251,18 +251,12 @@ def token_exposure() -> str | None:
 
 
 def collective_address() -> dict[str, str | None]:
-    """The address that gloo tells other nodes, as torch chooses it, and `by` what."""
+    """The address that gloo tells other nodes, and `by` what: the interface of Ray's address, unless told otherwise."""
+    import ray.util
+
     if wanted := os.environ.get("GLOO_SOCKET_IFNAME"):
-        name, by = wanted.split(",")[0], f"GLOO_SOCKET_IFNAME={wanted}"
-        return {"address": interface_address(name), "by": by}
-    hostname = socket.gethostname()
-    by = f"the host's name, {hostname}"
-    with suppress(OSError):
-        for *_, address in socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM):
-            with suppress(OSError), socket.socket() as probe:
-                probe.bind((address[0], 0))
-                return {"address": str(address[0]), "by": by}
-    return {"address": "127.0.0.1", "by": f"{by}, which does not resolve to an address of this node"}
+        return {"address": interface_address(wanted.split(",")[0]), "by": f"GLOO_SOCKET_IFNAME={wanted}"}
+    return {"address": ray.util.get_node_ip_address(), "by": "the address by which Ray knows the node"}
 
 
 def interface_address(name: str) -> str | None:
