@@ -258,10 +258,13 @@ def test_a_wrong_table_is_seen(interpreted, mutation):
 
 
 def rows_beside_padding(case: Case, length: int) -> tuple[Tensor, Tensor]:
-    """What real rows get without and with a row of null pages behind them, which comes last."""
     problem = Problem.of(case)
-    alone = problem.by_kernel()
-    write_BT, tables = problem.write_BT, problem.tables
+    return beside_padding(problem, problem.tables, length)
+
+
+def beside_padding(problem: Problem, tables: TreeTables, length: int) -> tuple[Tensor, Tensor]:
+    """What real rows get without and with a row of null pages behind them, which comes last."""
+    alone, write_BT = problem.by_kernel(tables), problem.write_BT
     null_1P = torch.full_like(tables.table_BP[:1], NULL_PAGE)
     padded = replace(
         tables,

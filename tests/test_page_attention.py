@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_architectures import ARCHITECTURES, build
-from test_kernels import Case, Problem, largest_difference
+from test_kernels import Case, Problem, beside_padding, largest_difference
 from torch import Tensor
 
 from medusa_ray.medusa import compiled, page_attention
 from medusa_ray.medusa.attention import TreeTables
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.cache import NULL_PAGE
 from medusa_ray.medusa.treepass import TreePass
 
 needs_compiler = pytest.mark.skipif(compiled.why_not("cpu") is not None, reason="no C++ compiler")
@@ -106,19 +105,7 @@ def test_a_wrong_table_is_seen(threads, mutation):
 @pytest.mark.parametrize("length", [0, 64, 10**6])
 def test_a_row_of_null_pages_is_harmless_whatever_its_length(threads, length):
     problem = Problem.of(Case(nodes=3, groups=2, head_size=16))
-    tables = tables_of(problem, threads)
-    alone = problem.by_kernel(tables)
-    null_1P = torch.full_like(tables.table_BP[:1], NULL_PAGE)
-    padded = replace(
-        tables,
-        table_BP=torch.cat([tables.table_BP, null_1P]),
-        length_B=torch.cat([tables.length_B, torch.tensor([length])]),
-    )
-    for name in ("query_BHTE", "key_BKTE", "value_BKTU"):
-        tensor = getattr(problem, name)
-        setattr(problem, name, torch.cat([tensor, tensor[:1]]))
-    write_BT = torch.cat([problem.write_BT, torch.zeros(1, 3, dtype=torch.long)])
-    both = problem.by_kernel(padded, write_BT)
+    alone, both = beside_padding(problem, tables_of(problem, threads), length)
     assert both[:-1].equal(alone)
     assert both[-1].isfinite().all()
 

@@ -268,11 +268,15 @@ def told(client: "JobSubmissionClient") -> Iterator[None]:
     except AuthenticationError as error:
         raise _not_let_in(client.get_address(), error) from error
     except (RuntimeError, OSError, RayStateApiException) as error:
-        # Ray puts the server's traceback into its message; the last line says what is wrong.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"the cluster at {client.get_address()} refused: {lines[-1] if lines else error!r}"
+            f"the cluster at {client.get_address()} refused: {_last_line(str(error)) or repr(error)}"
         ) from error
+
+
+def _last_line(said: str) -> str:
+    """Ray puts the server's traceback into its message; the last line says what is wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 # ------------------------------------------------------------------------------------------------------ jobs
@@ -307,8 +311,7 @@ def _refused(said: str, working_dir: str | None, job_id: str) -> UserError:
             "job does not need in .gitignore or .rayignore, or give a smaller folder with --working-dir; data goes to "
             "storage that every node reaches."
         )
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return UserError(f"the cluster did not take the job: {lines[-1] if lines else 'it does not say why'}")
+    return UserError(f"the cluster did not take the job: {_last_line(said) or 'it does not say why'}")
 
 
 def largest_in(folder: Path, count: int = 3) -> list[tuple[str, int]]:

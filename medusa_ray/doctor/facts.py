@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+LOOPBACK = ("127.", "::1")  # how its addresses begin
+
 
 @dataclass(frozen=True)
 class Clock:

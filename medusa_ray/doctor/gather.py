@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medusa_ray.doctor import probe
 from medusa_ray.doctor.facts import (
+    LOOPBACK,
     Base,
     Clock,
     Cluster,
@@ -56,7 +57,7 @@ def within(timeout_s: float, function: Callable[[], T]) -> T:
         raise TimeoutError(f"no answer within {timeout_s:g} s") from None
     if error:
         raise error
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[return-value]  # T may have None among its values
 
 
 class Probes:
@@ -212,7 +213,7 @@ def _described(node: Node, about: dict[str, Any]) -> Node:
         | {
             "gpus": tuple(Gpu(**gpu) for gpu in about["gpus"]),
             "disks": {folder: Disk(**disk) for folder, disk in about["disks"].items()},
-            "collective": Collective(**about["collective"]),
+            "collective": Collective(**about["collective"]) if about["collective"] else None,
         },
     )
 
@@ -229,8 +230,8 @@ def _unreachable(probes: Probes, about: Answers, alive: dict[str, Any]) -> dict[
     ports = probes.ask("listening", "listen")
     targets = []
     for name, port in ports.items():
-        at = about[name]["collective"]["address"]
-        is_far = at is not None and not at.startswith(("127.", "::1"))
+        at = (about[name]["collective"] or {}).get("address")
+        is_far = at is not None and not at.startswith(LOOPBACK)
         targets.append((name, at if is_far else alive[name]["NodeManagerAddress"], port))
     reached = probes.ask("connecting", "connect", targets, CONNECT_S)
     return {me: {other: why for other, why in others.items() if why} for me, others in reached.items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from medusa_ray.doctor.facts import Bundle, Cluster, Needs
+from medusa_ray.doctor.facts import LOOPBACK, Bundle, Cluster, Needs
 
 Level = Literal["fault", "warning", "ok"]
 LEVELS: tuple[Level, ...] = ("fault", "warning", "ok")  # the worst first
@@ -16,7 +16,6 @@ NAMED = 4  # nodes in one finding
 OPEN_FILES = 8192  # below it Ray itself warns
 CLOCK_WARNING_S, CLOCK_FAULT_S = 1.0, 60.0  # logs in order; signatures and tokens of storage and hubs
 DRIVER = "this machine"
-LOOPBACK = ("127.", "::1")
 
 
 @dataclass(frozen=True)

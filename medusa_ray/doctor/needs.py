@@ -15,7 +15,7 @@ from medusa_ray.config import (
 )
 from medusa_ray.data.sources import find_sources
 from medusa_ray.doctor.facts import Bundle, Needs, Process
-from medusa_ray.shards import base_of
+from medusa_ray.shards import TYPE, base_of
 
 CHECKPOINTS = 4  # times heads/: weights, moments and the ones before
 
@@ -28,24 +28,20 @@ def of(config: RunConfig | ServeConfig, file: str, has_gpu: bool) -> Needs:
 def of_run(run: RunConfig, file: str, has_gpu: bool) -> Needs:
     on_gpu = run.model.device == "cuda" or (has_gpu and run.model.device == "auto")
     device: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}
-
-    def placed(accelerator_type: str | None) -> dict[str, float]:
-        """Ray counts a node's type of GPU as a resource."""
-        return {f"accelerator_type:{accelerator_type}": 0.001} if accelerator_type else {}
-
     stages: dict[str, tuple[Bundle, ...]] = {}
     if run.distill.replies == "generate" and run.distill.engine == "own":
         share = {"GPU": run.distill.gpus_per_actor} if on_gpu else {}
-        share |= placed(run.distill.accelerator_type)
+        share |= _of_type(run.distill.accelerator_type)
         num = _least(run.distill.num_actors)
         stages["distill"] = (Bundle("distill.num_actors", device | share, num),)
     if run.hidden.mode == "compute":
         share = {"GPU": run.hidden.gpus_per_actor} if on_gpu else {}
-        share |= placed(run.hidden.accelerator_type)
+        share |= _of_type(run.hidden.accelerator_type)
         stages["hidden"] = (Bundle("hidden.num_actors", device | share),)
     # Streaming takes a second CPU of each worker, but shares its GPU where there is no second one.
     num_workers = run.train.least_workers * (2 if run.hidden.mode == "stream" and not on_gpu else 1)
-    stages["train"] = (Bundle("train.num_workers", device | placed(run.train.accelerator_type), num_workers),)
+    of_train = device | _of_type(run.train.accelerator_type)
+    stages["train"] = (Bundle("train.num_workers", of_train, num_workers),)
     stages["evaluate"] = (Bundle("evaluate", device),)
     sources = find_sources(run.data)
     return Needs(
@@ -130,7 +126,7 @@ def _deployed(app: ApplicationConfig) -> list[Bundle]:
         each: dict[str, float] = {"CPU": 1.0 if actor is None or actor.num_cpus is None else actor.num_cpus}
         if actor is not None:
             each |= {"GPU": actor.num_gpus or 0.0, **(actor.resources or {})}
-            each |= {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}
+            each |= _of_type(actor.accelerator_type)
         num_shards = engine.tensor_parallel if engine else 1
         bundles: list[dict[str, float]] = (options.placement_group_bundles if options else None) or []
         if not bundles and engine and num_shards > 1:
@@ -140,6 +136,11 @@ def _deployed(app: ApplicationConfig) -> list[Bundle]:
             Bundle(what, {k: v for k, v in bundle.items() if v}, num) for bundle in bundles or [each] if num
         ]
     return found
+
+
+def _of_type(accelerator_type: str | None) -> dict[str, float]:
+    """What Ray counts of a node's type of GPU, and takes a part of for each that asks for the type."""
+    return {f"{TYPE}{accelerator_type}": 0.001} if accelerator_type else {}
 
 
 def absolute(uri: str) -> str:

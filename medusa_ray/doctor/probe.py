@@ -250,13 +250,14 @@ def token_exposure() -> str | None:
     return None
 
 
-def collective_address() -> dict[str, str | None]:
-    """The address that gloo tells other nodes, and `by` what: the interface of Ray's address, unless told otherwise."""
-    import ray.util
+def collective_address() -> dict[str, str | None] | None:
+    """The address that gloo tells other nodes, and `by` what, where the environment says so.
 
+    None where it does not: workers then take the interface of the address by which Ray knows the node (interfaces.py).
+    """
     if wanted := os.environ.get("GLOO_SOCKET_IFNAME"):
         return {"address": interface_address(wanted.split(",")[0]), "by": f"GLOO_SOCKET_IFNAME={wanted}"}
-    return {"address": ray.util.get_node_ip_address(), "by": "the address by which Ray knows the node"}
+    return None
 
 
 def interface_address(name: str) -> str | None:

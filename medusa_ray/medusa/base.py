@@ -33,6 +33,11 @@ INDEX, WEIGHTS, ADAPTER_WEIGHTS = (
 OUTPUT_LAYERS = ("lm_head.weight", "embed_tokens.weight")
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what is made or brought once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa_ray"
+
+
 def fetched(base: str) -> str:
     """The folder of this machine that holds the base of a URI; folders and hub names are themselves.
 
@@ -46,8 +51,7 @@ def fetched(base: str) -> str:
     if not files:
         raise FileNotFoundError(f"there is nothing at {base}")
     stamp = json.dumps([base, *([file, filesystem.ukey(file)] for file in files)])
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa_ray"
-    folder = caches / "bases" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    folder = cache_folder() / "bases" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -38,7 +38,7 @@ from torch.export import Dim
 
 from medusa_ray.medusa import acceptance, attention, backbone, cache, page_attention, treepass
 from medusa_ray.medusa.backbone import Backbone
-from medusa_ray.medusa.base import files_of
+from medusa_ray.medusa.base import cache_folder, files_of
 from medusa_ray.medusa.cache import PAGE_SIZE, PagedCache
 from medusa_ray.medusa.tree import Tree
 from medusa_ray.medusa.treepass import Outcome, TreePass
@@ -136,8 +136,7 @@ def library_of(base: str, dtype: str, revision: str | None) -> Path:
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     for fact in (dtype, torch.get_num_threads(), torch.__version__, transformers.__version__, processor):
         digest.update(f"{fact}\n".encode())
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "medusa_ray" / f"{digest.hexdigest()[:32]}.so"
+    return cache_folder() / f"{digest.hexdigest()[:32]}.so"
 
 
 def build(base: str, dtype: str, library: Path, revision: str | None = None) -> None:
