@@ -426,3 +426,13 @@ def test_the_tests_own_cluster_is_fit_for_a_small_run(
     storage = known.nodes[0].storage[str(tmp_path / "run")]
     assert storage.seen == {known.nodes[0].name}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl"]
+
+
+def test_a_base_at_a_uri_is_looked_for_there(tmp_path: Path) -> None:
+    """Not on the hub, which knows no such name."""
+    from medusa_ray.doctor import probe
+
+    (tmp_path / "config.json").write_text("{}")
+    assert probe.base(tmp_path.as_uri(), None) == {"how": "URI", "error": None}
+    missing = f"{tmp_path.as_uri()}/other"
+    assert probe.base(missing, None) == {"how": None, "error": f"there is no config.json at {missing}"}

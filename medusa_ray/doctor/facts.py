@@ -33,7 +33,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Base:
-    """A base as one node found it: how is folder, cache or hub."""
+    """A base as one node found it: how is folder, URI, cache or hub."""
 
     how: str | None
     error: str | None = None

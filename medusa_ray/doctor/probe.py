@@ -77,7 +77,7 @@ class Probe:
         return reason
 
     def base(self, name: str, revision: str | None) -> dict[str, str | None]:
-        """Where a base is found: `how` is folder, cache or hub, with None as error; else why it is not."""
+        """Where a base is found: `how` is folder, URI, cache or hub, with None as error; else why it is not."""
         try:
             return base(name, revision)
         except Exception as error:  # the hub's client has errors of many kinds
@@ -303,6 +303,11 @@ def base(name: str, revision: str | None) -> dict[str, str | None]:
         return {"how": None, "error": "the folder has no config.json that can be read"}
     if os.path.isabs(name):
         return {"how": None, "error": f"{name} is not there"}
+    if "://" in name:
+        filesystem, path = _opened(name)
+        if any(filesystem.exists(f"{path}/{config}") for config in configs):
+            return {"how": "URI", "error": None}
+        return {"how": None, "error": f"there is no config.json at {name}"}
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     def is_cached(*files: str) -> bool:
